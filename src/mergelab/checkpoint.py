@@ -1,0 +1,293 @@
+"""Checkpoints on disk: safetensors headers, shards and element ranges, all checked as untrusted.
+
+A header is 8 bytes (little-endian length), then JSON naming each tensor's dtype, shape and byte
+range (https://github.com/huggingface/safetensors, format description)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.errors import Problems, UserError
+
+MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER = re.compile(
+    r"(tokenizer.*\.json|tokenizer\.model|vocab\.json|merges\.txt|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template.*|generation_config\.json)\Z"
+)
+FLOATS = ("F64", "F32", "F16", "BF16")
+BITS = {  # safetensors dtype -> numpy dtype that holds its bits
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "u1",
+}
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {name: code for code, name in NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor's bytes are: `offset` from the start of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * np.dtype(BITS[self.dtype]).itemsize
+
+    def bits(self) -> np.ndarray[Any, Any]:
+        """All elements, flat and unread: a memory map in the dtype that holds the bits."""
+        if not self.size:
+            return np.empty(0, BITS[self.dtype])
+        return np.memmap(self.file, BITS[self.dtype], "r", self.offset, (self.size,))
+
+    def floats(self, start: int, stop: int, work: str = "<f4") -> np.ndarray[Any, Any]:
+        """Elements [start, stop) as float32 (or float64); exact for the narrower formats."""
+        return to_float(self.bits()[start:stop], self.dtype, work)
+
+
+def to_float(bits: np.ndarray[Any, Any], dtype: str, work: str = "<f4") -> np.ndarray[Any, Any]:
+    """Stored bits as floats of the working dtype. bfloat16 is the upper half of a float32."""
+    if dtype == "BF16":
+        wide = bits.astype("<u4")
+        np.left_shift(wide, 16, out=wide)
+        return wide.view("<f4").astype(work, copy=False)
+    return bits.astype(work)
+
+
+def from_float(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """Round once to the storage format (to nearest, ties to even); overflow gives infinity."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, "<f4").view("<u4")
+        odd = (bits >> 16) & 1
+        rounded = ((bits + np.uint32(0x7FFF) + odd) >> 16).astype("<u2")
+        quiet = ((bits >> 16) | 0x40).astype("<u2")
+        return np.where(np.isnan(values), quiet, rounded).astype("<u2")
+    with np.errstate(over="ignore"):
+        return values.astype(BITS[dtype])
+
+
+def count_not_finite(bits: np.ndarray[Any, Any], dtype: str) -> int:
+    """How many stored entries are infinite or NaN."""
+    if dtype == "BF16":
+        return int(np.count_nonzero((bits & np.uint16(0x7F80)) == 0x7F80))
+    return int(np.count_nonzero(~np.isfinite(bits)))
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, every size and offset checked against the file.
+
+    Raises UserError naming the file and what is wrong with it (C8)."""
+    try:
+        length_of_file = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= min(MAX_HEADER, length_of_file - 8):
+                raise UserError(_broken(file, "its header does not fit in the file"))
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise UserError(_broken(file, "its header is not JSON")) from None
+    if not isinstance(header, dict):
+        raise UserError(_broken(file, "its header is not a JSON object"))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {n: _entry(file, n, entry, start) for n, entry in header.items()}
+    _check_layout(file, list(tensors.values()), start, length_of_file)
+    return tensors
+
+
+def _broken(file: Path, why: str) -> str:
+    return f"{file}: not a whole safetensors file: {why}. Download or copy it again."
+
+
+def _entry(file: Path, name: str, entry: Any, start: int) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError):
+        raise UserError(_broken(file, f"tensor {name!r} lacks dtype, shape or offsets")) from None
+    if not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
+        raise UserError(_broken(file, f"tensor {name!r} has impossible sizes"))
+    if dtype not in BITS:
+        raise UserError(
+            f"{file}: tensor {name!r} is stored as {dtype!s:.20}, which cannot be merged. "
+            "Convert the model to bfloat16, float16 or float32 first."
+        )
+    tensor = Tensor(name, dtype, tuple(shape), file, start + begin)
+    if end - begin != tensor.nbytes:
+        raise UserError(_broken(file, f"tensor {name!r} has {end - begin} bytes, its shape needs "
+                                f"{tensor.nbytes}"))  # fmt: skip
+    return tensor
+
+
+def _check_layout(file: Path, tensors: list[Tensor], start: int, length: int) -> None:
+    position = start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != position:
+            raise UserError(_broken(file, f"tensor {tensor.name!r} overlaps or leaves a gap"))
+        position += tensor.nbytes
+    if position != length:
+        raise UserError(
+            _broken(
+                file, f"it has {length:,} bytes, its header describes {position:,} (truncated?)"
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder: config and tensors. `label` is its name in messages."""
+
+    label: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the weight files, sorted."""
+        return tuple(sorted({t.file.name for t in self.tensors.values()}))
+
+    @property
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """Names of tokenizer, chat template and generation files that travel with a merge."""
+        names = (p.name for p in self.folder.iterdir() if p.is_file())
+        return tuple(sorted(name for name in names if TOKENIZER.match(name)))
+
+    @cached_property
+    def stack(self) -> str | None:
+        """Name prefix of the decoder's layers, such as 'model.layers'; None without layers."""
+        counts: dict[str, set[int]] = {}
+        for name in self.tensors:
+            prefix, index, _ = split_layer(name)
+            if index is not None:
+                counts.setdefault(prefix, set()).add(index)
+        wanted = self.config.get("num_hidden_layers", self.config.get("n_layer"))
+        matching = [p for p in sorted(counts) if len(counts[p]) == wanted]
+        largest = sorted(counts, key=lambda prefix: -len(counts[prefix]))
+        return next(iter([*matching, *largest]), None)
+
+    @cached_property
+    def layers(self) -> int:
+        """Number of layers of the stack, counted in the headers."""
+        found = {i for p, i, _ in map(split_layer, self.tensors) if p == self.stack}
+        return len(found - {None})
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token to id, from tokenizer.json; empty where the model has none."""
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            return {}
+        data = _json_object(path)
+        vocab = data.get("model", {}).get("vocab", {})
+        if isinstance(vocab, list):  # unigram: [[token, score], ...]
+            vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+        added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
+        return {**vocab, **added}
+
+
+def split_layer(name: str) -> tuple[str, int | None, str]:
+    """'model.layers.7.mlp.w' -> ('model.layers', 7, 'mlp.w'); the first number counts."""
+    match = re.match(r"(.*?)\.(\d+)\.(.*)\Z", name)
+    return (match[1], int(match[2]), match[3]) if match else (name, None, "")
+
+
+def open_checkpoint(folder: Path, label: str) -> Checkpoint:
+    """Read config and headers of a model folder; no weight is read.
+
+    Raises UserError for a missing folder, config or shard, an index that leaves the folder,
+    and every defect that `read_header` finds, all shards at once."""
+    if not folder.is_dir():
+        raise UserError(f"model {label}: there is no folder {folder}. Check the name or the path.")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"model {label}: {folder} has no config.json; is it a model folder?")
+    problems, tensors = Problems(), dict[str, Tensor]()
+    for file in _weight_files(folder, label):
+        try:
+            tensors |= read_header(file)
+        except UserError as error:
+            problems.add(f"model {label}: {error}")
+    problems.raise_if_any()
+    checkpoint = Checkpoint(label, folder, _json_object(config), tensors)
+    if "quantization_config" in checkpoint.config:
+        raise UserError(
+            f"model {label}: is quantised (quantization_config in {config}); packed weights cannot "
+            "be merged. Use the unquantised model."
+        )
+    return checkpoint
+
+
+def _weight_files(folder: Path, label: str) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        names = _index_files(index)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"model {label}: {index} names {', '.join(missing)}: no such file.")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"model {label}: {folder} holds only .bin (pickle) weights, which are never loaded. "
+            "Convert them to safetensors."
+        )
+    raise UserError(f"model {label}: {folder} holds neither {SINGLE} nor {INDEX}.")
+
+
+def _index_files(index: Path) -> list[str]:
+    names = _json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f"{index}: has no weight_map of file names.")
+    for name in sorted(set(names.values())):
+        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            raise UserError(
+                f"{index}: names a file outside the model's folder: {name!r}. "
+                "Do not trust this model; download it again from its source."
+            )
+    return sorted(set(names.values()))
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not readable JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object.")
+    return value

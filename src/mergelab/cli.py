@@ -1,0 +1,293 @@
+"""The command line: one verb per step. Knows every other module; holds no logic of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergelab import __version__
+from mergelab.errors import UserError, nearest
+from mergelab.progress import console, say
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Merge language models so that anyone can re-create the result, and check its scores
+for contamination.
+
+A **study** is a folder such as `recipes/demo`: a `study.yaml` (models, benchmarks, checks) and one
+mergekit-compatible YAML per merge. Run a whole study with `snakemake --config study=demo`;
+the verbs below are its single steps. Exit code 0: done, 2: your input needs a change, 1: our
+fault.""",
+)
+
+StudyFolder = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="Folder of the study, such as recipes/demo.")
+]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/demo/ties.yaml.")
+]
+Variant = Annotated[
+    str, typer.Argument(metavar="VARIANT", help="A model or a merge of the study, by its name.")
+]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model of study.yaml.")]
+Results = Annotated[
+    Path, typer.Option("--results", help="Folder of all results; a study's are in a folder of it.")
+]
+RecordFile = Annotated[
+    Path | None, typer.Option("--record", help="Write the record of this step here, too.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on it.")]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", help="Largest weight file, such as 5GB or 500MB.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random masks of dare_*.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RESULTS = Path("results")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mergelab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command()
+def merge(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the merged model.")],
+    shard_size: ShardSize = "5GB",
+    workers: Workers = 1,
+    seed: Seed = 0,
+    results: Results = RESULTS,
+    record: RecordFile = None,
+) -> None:
+    """Merge models as a recipe says. Same recipe, same inputs: same bytes.
+
+    Everything that can be wrong is reported before any weight is written; an interrupted merge
+    leaves nothing at DIR, and the same command completes it."""
+    from mergelab import engine
+
+    planned = _plan(recipe, results, shard_size)
+    for warning in planned.warnings:
+        say(f"note: {warning}")
+    outcome = engine.merge(planned, out, workers=workers, seed=seed)
+    _record(record, outcome)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    shard_size: ShardSize = "5GB",
+    results: Results = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a merge would read and write, and which tensors get which parameters."""
+    from mergelab import show
+    from mergelab.plan import describe
+
+    description = describe(_plan(recipe, results, shard_size))
+    if as_json:
+        typer.echo(json.dumps(description, indent=1))
+    else:
+        show.plan(description)
+
+
+@app.command()
+def explain(
+    method: Annotated[
+        str, typer.Argument(metavar="[METHOD]", help="A merge method; without: list them all.")
+    ] = "",
+) -> None:
+    """Say what a merge method does: parameters, papers, differences to mergekit."""
+    from mergelab import show
+    from mergelab.methods import METHODS
+
+    if method and method not in METHODS:
+        hint = nearest(method, METHODS)
+        raise UserError(
+            f"there is no merge method '{method}'.{hint}\n  Methods: {', '.join(METHODS)}."
+        )
+    show.methods([METHODS[method]] if method else list(METHODS.values()), full=bool(method))
+
+
+@app.command()
+def lock(study: StudyFolder) -> None:
+    """Pin every hub model of a study: branch names become commits and file hashes in lock.json."""
+    from mergelab import hub, locate
+
+    loaded = _study(study)
+    hub.lock(loaded, locate.hub_ids(loaded.recipes, loaded))
+    say(f"wrote {loaded.lock}")
+
+
+@app.command()
+def data(
+    study: StudyFolder,
+    dataset: Annotated[str, typer.Argument(metavar="[DATASET]", help="Only this one.")] = "",
+    results: Results = RESULTS,
+    record: RecordFile = None,
+) -> None:
+    """Fetch benchmark items and cut them into disjoint parts."""
+    from mergelab import datasets
+
+    loaded = _study(study)
+    if dataset:
+        _known(dataset, loaded.datasets, "dataset", loaded)
+        loaded = dataclasses.replace(loaded, datasets={dataset: loaded.datasets[dataset]})
+    _record(record, datasets.prepare(loaded, results / loaded.name / "data"))
+
+
+@app.command()
+def fetch(
+    study: StudyFolder, model: ModelName, results: Results = RESULTS, record: RecordFile = None
+) -> None:
+    """Bring one model of a study here: from the hub (verified), or out of a GGUF file."""
+    from mergelab import models
+
+    loaded = _study(study)
+    _record(record, models.fetch(loaded, model, results / loaded.name / "models" / model))
+
+
+@app.command()
+def train(
+    study: StudyFolder, model: ModelName, results: Results = RESULTS, record: RecordFile = None
+) -> None:
+    """Train one model of a study, from scratch or from another one."""
+    from mergelab import training
+
+    loaded = _study(study)
+    place = results / loaded.name
+    _known(model, loaded.models, "model", loaded)
+    _record(record, training.train(loaded, model, place / "models" / model, place))
+
+
+@app.command()
+def evaluate(
+    study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
+) -> None:
+    """Score a model or merge on the study's suite, through lm-eval."""
+    from mergelab import models, scores
+
+    loaded = _study(study)
+    place = results / loaded.name
+    _record(
+        record, scores.evaluate(loaded, variant, models.existing(loaded, variant, place), place)
+    )
+
+
+@app.command()
+def probe(
+    study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
+) -> None:
+    """Run a model once over the items of every contamination check; keep its log-probabilities."""
+    from mergelab import evidence, models
+
+    loaded = _study(study)
+    place = results / loaded.name
+    _record(record, evidence.probe(loaded, variant, models.existing(loaded, variant, place), place))
+
+
+@app.command()
+def detect(
+    study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
+) -> None:
+    """Compare a variant's evidence with its base's: was the benchmark in the training data?"""
+    from mergelab import detectors
+
+    loaded = _study(study)
+    _record(record, detectors.detect(loaded, variant, results / loaded.name))
+
+
+@app.command()
+def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = None) -> None:
+    """Write report.html, report.json, metrics.json and plots/ of a study."""
+    from mergelab import report as page
+
+    loaded = _study(study)
+    _record(record, page.write(loaded, results / loaded.name))
+    say(f"wrote {results / loaded.name / 'report.html'}")
+
+
+def _study(folder: Path) -> Any:
+    from mergelab.study import load_study
+
+    return load_study(folder.parent if folder.name == "study.yaml" else folder)
+
+
+def _plan(recipe: Path, results: Path, shard_size: str) -> Any:
+    from mergelab import locate
+    from mergelab.plan import make_plan
+    from mergelab.recipe import load_recipe
+
+    size = _bytes(shard_size)
+    loaded = load_recipe(recipe)
+    folders = locate.folders(loaded, results / recipe.resolve().parent.name)
+    return make_plan(loaded, folders, shard_size=size)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", text.strip().upper())
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"--shard-size {text}: write a size such as 5GB, 500MB or 2GiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _known(name: str, names: Any, what: str, study: Any) -> None:
+    if name not in names:
+        hint = nearest(name, names)
+        raise UserError(f"{study.folder / 'study.yaml'}: there is no {what} '{name}'.{hint}")
+
+
+def _record(path: Path | None, value: dict[str, Any]) -> None:
+    from mergelab.record import write_record
+
+    if path is not None:
+        write_record(path, value)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 2 the user's mistake, 1 our fault."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("stopped", markup=False)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        console.print(
+            f"\nThis is a mistake in mergelab {__version__}, not yours. Please report it with the "
+            "text above and the command you ran (see CONTRIBUTING.md).",
+            markup=False,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

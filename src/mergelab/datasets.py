@@ -1,0 +1,233 @@
+"""Benchmark items as text: read from wheels, folders or the hub, and cut into disjoint parts."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mergelab import wheels
+from mergelab.errors import UserError, nearest
+from mergelab.progress import bar
+from mergelab.record import canonical, file_entries, packages, write_bytes
+from mergelab.study import Dataset, Study
+
+VERSION = 1
+UNCONDITIONAL = 1_000_000  # OLMo's request files repeat each item, without its question, from here
+ID_DIGITS = 16
+Item = dict[str, Any]
+
+
+def prepare(study: Study, out: Path) -> dict[str, Any]:
+    """Write `out`/<dataset>/<part>.jsonl for every dataset of a study; return its record.
+
+    A line is one item: the benchmark's own fields, "id" (a benchmark's own id becomes
+    "source_id") and "text", the rendered template. Parts are disjoint, in a fixed pseudo-random
+    order that depends on nothing but the items. Raises UserError (file, line, item)."""
+    started = time.monotonic()
+    summary, names = {}, []
+    with bar("data", total=len(study.datasets)) as progress:
+        for dataset in study.datasets.values():
+            found = list(_items(study, dataset))
+            distinct = _distinct(found)
+            parts = split(dataset, distinct)
+            _write(out / dataset.name, parts)
+            names += [f"{dataset.name}/{part}.jsonl" for part in parts]
+            summary[dataset.name] = {
+                "source": _source(study, dataset),
+                "files": list(dataset.files),
+                "text": dataset.text,
+                "items": len(distinct),
+                "same_text_dropped": len(found) - len(distinct),
+                "parts": {part: len(items) for part, items in parts.items()},
+            }
+            progress.advance()
+    return {
+        "datasets": summary,
+        "outputs": file_entries(out, names),
+        "versions": packages(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def items(results: Path, part: str) -> list[Item]:
+    """The items of a part such as "gsm8k/fresh", in their fixed order.
+
+    Raises UserError naming the next step if `mergelab data` has not written it."""
+    path = results / "data" / f"{part}.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Run first: mergelab data recipes/{results.name}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def split(dataset: Dataset, distinct: list[Item]) -> dict[str, list[Item]]:
+    """Cut items, ordered by the sha256 of their id, into the declared parts.
+
+    Raises UserError if there are too few items, or more than one part takes the rest."""
+    wanted = sum(size or 1 for size in dataset.parts.values())
+    if wanted > len(distinct):
+        raise UserError(
+            f"dataset '{dataset.name}': its parts need {wanted:,} items, but its files hold "
+            f"{len(distinct):,} distinct ones. Make the parts smaller, or add files."
+        )
+    if list(dataset.parts.values()).count(None) > 1:
+        raise UserError(f"dataset '{dataset.name}': only one part can take the 'rest'.")
+    fixed = sum(size for size in dataset.parts.values() if size is not None)
+    ordered = sorted(distinct, key=lambda item: _sha256(item["id"]))
+    parts, start = {}, 0
+    for name, size in dataset.parts.items():
+        stop = start + (len(ordered) - fixed if size is None else size)
+        parts[name], start = ordered[start:stop], stop
+    return parts
+
+
+def _items(study: Study, dataset: Dataset) -> Iterator[Item]:
+    """Every item of a dataset's files, once per distinct document."""
+    render = _renderer(dataset)
+    seen: dict[str, str] = {}
+    for file in dataset.files:
+        for line, doc in _documents(file, _read(study, dataset, file)):
+            content = canonical(doc)
+            name = f"{dataset.name}-{_sha256(content)[:ID_DIGITS]}"
+            if seen.setdefault(name, content) != content:
+                raise UserError(f"{file}:{line}: two items would share the id '{name}'.")
+            text = render(doc, f"{file}:{line} (item {name})")
+            own = {"source_id": doc["id"]} if "id" in doc else {}
+            yield doc | own | {"id": name, "text": text}
+
+
+def _distinct(found: list[Item]) -> list[Item]:
+    """One item per text, the one with the lowest id, so that no text is in two parts."""
+    lowest: dict[str, Item] = {}
+    for item in sorted(found, key=lambda item: str(item["id"])):
+        lowest.setdefault(item["text"], item)
+    return list(lowest.values())
+
+
+def _documents(file: str, data: bytes) -> Iterator[tuple[int, Item]]:
+    """Line number and document of each row; unconditional copies of a request are left out."""
+    count = 0
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
+        doc = row.get("doc", row) if isinstance(row, dict) else row
+        if not isinstance(doc, dict):
+            raise UserError(f"{file}:{number}: each line must be a JSON object, not {doc!r:.60}")
+        copy = row.get("doc_id")
+        if not (isinstance(copy, int) and copy >= UNCONDITIONAL):
+            count += 1
+            yield number, doc
+    if not count:
+        raise UserError(f"{file}: holds no items. Each line must be one JSON object.")
+
+
+def _renderer(dataset: Dataset) -> Callable[[Item, str], str]:
+    """A function (document, where) -> text that applies the dataset's template in a sandbox."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    what = f"the 'text' template of dataset '{dataset.name}'"
+    try:
+        template = environment.from_string(dataset.text)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{what}, line {error.lineno}: {error.message}") from None
+
+    def render(doc: Item, where: str) -> str:
+        try:
+            text = template.render(doc)
+        except Exception as error:  # a template is the user's program: any error is theirs
+            missing = re.match(r"'(\w+)' is undefined", str(error))
+            hint = nearest(missing[1], doc) if missing else ""
+            fields = ", ".join(sorted(doc))
+            raise UserError(
+                f"{where}: {what} fails: {error}.{hint}\n  The item's fields: {fields}."
+            ) from None
+        if not text.strip():
+            raise UserError(f"{where}: {what} gives an empty text.")
+        return text
+
+    return render
+
+
+def _read(study: Study, dataset: Dataset, file: str) -> bytes:
+    """The bytes of one file of a dataset, unpacked if it ends in .gz."""
+    if dataset.wheel is not None:
+        data = wheels.read(wheels.fetch(study.wheels[dataset.wheel]), file)
+    else:
+        path = _hub_file(dataset, file) if dataset.hub else _local_file(study, dataset, file)
+        data = path.read_bytes()
+    if not file.endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a whole gzip file: {error}") from None
+
+
+def _local_file(study: Study, dataset: Dataset, file: str) -> Path:
+    folder = (study.folder / str(dataset.path)).resolve()
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder):
+        raise UserError(f"dataset '{dataset.name}': '{file}' points outside {folder}.")
+    if not path.is_file():
+        raise UserError(
+            f"dataset '{dataset.name}': {path} is no file. Check 'path' and 'files' in "
+            f"{study.folder / 'study.yaml'} (paths are relative to it)."
+        )
+    return path
+
+
+def _hub_file(dataset: Dataset, file: str) -> Path:
+    """One file of a dataset repository of the hub, at its pinned commit."""
+    repository, _, commit = str(dataset.hub).partition("@")
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise UserError(
+            f"dataset '{dataset.name}': pin the commit: hub: {repository}@<40 hexadecimal digits>"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = hf_hub_download(repository, file, repo_type="dataset", revision=commit)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"dataset '{dataset.name}': cannot get {file} of {repository} at {commit}: {reason}\n"
+            "  Check the name and commit; for a gated dataset, accept its terms and set HF_TOKEN."
+        ) from None
+    return Path(found)
+
+
+def _source(study: Study, dataset: Dataset) -> str:
+    """Where the items come from, with the wheel's hash, for the record."""
+    if dataset.wheel is not None:
+        wheel = study.wheels[dataset.wheel]
+        return f"wheel {wheel.requirement} sha256:{wheel.sha256}"
+    return f"hub {dataset.hub}" if dataset.hub else f"path {dataset.path}"
+
+
+def _write(folder: Path, parts: dict[str, list[Item]]) -> None:
+    """Write each part atomically, and remove parts that the study no longer declares."""
+    for name, part in parts.items():
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in part)
+        write_bytes(folder / f"{name}.jsonl", lines.encode())
+    for old in folder.glob("*.jsonl"):
+        if old.stem not in parts:
+            old.unlink()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

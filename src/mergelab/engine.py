@@ -1,0 +1,228 @@
+"""The engine: surveys and merges a planned model block by block, and writes it where planned.
+
+Memory is a few blocks per model and worker, whatever the size of tensors, shards and models (C2).
+Blocks of a tensor are folded in order; workers take different tensors: same bytes (C3)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoint import INDEX, Tensor, count_not_finite, from_float
+from mergelab.errors import UserError
+from mergelab.methods.base import BLOCK, Array, Block, Method, Stats, Sums
+from mergelab.plan import Plan
+from mergelab.progress import Bar, bar, say
+from mergelab.record import canonical, file_entries, file_sha256, machine, packages
+from mergelab.writer import (
+    RECORD,
+    Planned,
+    check_space,
+    check_target,
+    disk_full,
+    open_shards,
+    staging,
+    write_at,
+)
+
+
+def merge(plan: Plan, out: Path, *, workers: int = 1, seed: int = 0) -> dict[str, Any]:
+    """Carry out a plan; `out` becomes the merged model with its record. Returns the record.
+
+    If `out` already holds this very merge, nothing is done. Raises UserError for a full disk,
+    an unusable `out`, or a result that is not finite; then `out` is as it was before."""
+    check_target(out)
+    if not out.exists():
+        check_space(out, plan.bytes_out)
+    started = time.monotonic()
+    inputs = _inputs(plan, workers)
+    identity = {"inputs": inputs, "seed": seed, **_recipe(plan)}
+    finished = _finished(out, identity, plan)
+    if finished:
+        say(f"{out}: is up to date")
+        return finished
+    check_space(out, plan.bytes_out)
+    with staging(out) as folder, disk_full(folder):
+        hashes = _write_weights(plan, folder, workers, seed)
+        _write_small_files(plan, folder)
+        names = [path.name for path in folder.iterdir()]
+        record = {
+            **identity,
+            "outputs": {"files": file_entries(folder, names), "tensors": hashes},
+            "warnings": list(plan.warnings),
+            "packages": packages(),
+            "machine": machine(),
+            "workers": workers,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return record
+
+
+def _recipe(plan: Plan) -> dict[str, Any]:
+    recipe = plan.recipe
+    return {
+        "recipe": {"name": recipe.path.stem, "sha256": recipe.sha256, "text": recipe.text},
+        "method": {"name": recipe.method.name, "version": recipe.method.version},
+    }
+
+
+def _inputs(plan: Plan, workers: int) -> list[dict[str, Any]]:
+    """Each model's weight files with size and sha256, in recipe order."""
+    paths = [(c, c.folder / name) for c in plan.checkpoints.values() for name in c.files]
+    total = sum(path.stat().st_size for _, path in paths)
+    with bar("hash inputs", total) as progress, ThreadPoolExecutor(workers) as pool:
+        hashes = list(pool.map(lambda pair: file_sha256(pair[1], progress.advance), paths))
+    files: dict[str, list[dict[str, Any]]] = {label: [] for label in plan.checkpoints}
+    for (checkpoint, path), sha256 in zip(paths, hashes, strict=True):
+        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+        files[checkpoint.label].append(entry)
+    return [{"model": label, "files": entries} for label, entries in files.items()]
+
+
+def _finished(out: Path, identity: dict[str, Any], plan: Plan) -> dict[str, Any] | None:
+    """The record of `out` if it is this very merge and its files are all there."""
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD).read_bytes())
+        sizes = {f["name"]: f["bytes"] for f in record["outputs"]["files"]}
+        whole = all((out / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = {key: record.get(key) for key in identity}
+    same = canonical(known) == canonical(identity) and set(plan.headers) <= set(sizes)
+    return record if whole and same else None
+
+
+def _write_weights(plan: Plan, folder: Path, workers: int, seed: int) -> dict[str, str]:
+    """Merge every tensor; returns sha256 of each one's bytes, by name."""
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+    with (
+        open_shards(folder, plan.headers, plan.tensors) as handles,
+        bar(f"merge ({plan.recipe.method.name})", total) as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def work(tensor: Planned) -> str:
+            task = _TensorMerge(plan.recipe.method, tensor, seed)
+            return task.write(handles[tensor.file], progress)
+
+        futures = [pool.submit(work, tensor) for tensor in plan.tensors]
+        try:
+            hashes = [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return dict(zip((t.name for t in plan.tensors), hashes, strict=True))
+
+
+def _write_small_files(plan: Plan, folder: Path) -> None:
+    if plan.index:
+        (folder / INDEX).write_text(json.dumps(plan.index, indent=2, sort_keys=True) + "\n")
+    for name in plan.donor.tokenizer_files:
+        (folder / name).write_bytes((plan.donor.folder / name).read_bytes())
+    config = json.dumps(plan.config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(config + "\n")
+
+
+class _TensorMerge:
+    """One output tensor: survey rounds over its blocks, then the merge pass."""
+
+    def __init__(self, method: Method, tensor: Planned, seed: int) -> None:
+        self.method, self.tensor = method, tensor
+        self.keys = tensor.keys(seed) if method.random else ()
+        wide = any(source.dtype == "F64" for source in tensor.sources)
+        self.work = "<f8" if wide else "<f4"
+
+    def write(self, handle: int, progress: Bar) -> str:
+        digest = hashlib.sha256()
+        position = self.tensor.offset
+        for bits in self.copied() if self.tensor.copied else self.merged():
+            data = np.ascontiguousarray(bits).view("u1").data
+            write_at(handle, data, position)
+            digest.update(data)
+            position += len(data)
+            progress.advance(len(data))
+        return digest.hexdigest()
+
+    def starts(self) -> range:
+        return range(0, self.tensor.size, BLOCK)
+
+    def block(self, start: int) -> Block:
+        stop = min(start + BLOCK, self.tensor.size)
+
+        def read(source: Tensor) -> Array:
+            return source.floats(start, stop, self.work)
+
+        base = read(self.tensor.base) if self.tensor.base else None
+        experts = tuple(read(expert) for expert in self.tensor.experts)
+        return Block(base, experts, start, self.tensor.size, self.keys)
+
+    def survey(self) -> tuple[dict[str, Any], Iterator[Sums]]:
+        """Statistics after all rounds, and the last round's sums in front of each block."""
+        stats: dict[str, Any] = {}
+        last: list[Sums] = []
+        settings = self.tensor.settings
+        for number, round in enumerate(self.method.rounds, start=1):
+            parts = (round.measure(self.block(s), settings, stats) for s in self.starts())
+            if number == len(self.method.rounds):
+                last = list(parts)
+            total = _fold(last or parts)
+            stats = {**stats, **round.conclude(total, settings, stats)}
+        return stats, _running(last)
+
+    def merged(self) -> Iterator[Array]:
+        if not self.tensor.size:
+            return
+        stats, running = self.survey()
+        for start, before in zip(self.starts(), running, strict=False):
+            yield self.merge_block(self.block(start), stats, before)
+
+    def merge_block(self, block: Block, stats: Stats, before: Sums) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self.method.merge(block, self.tensor.settings, stats, before)
+            bits = from_float(values, self.tensor.dtype)
+        if wrong := count_not_finite(bits, self.tensor.dtype):
+            raise UserError(
+                f"tensor {self.tensor.name}: {wrong} merged entries are infinite or not a number. "
+                "Check the inputs for the same, or use a wider dtype."
+            )
+        return bits
+
+    def copied(self) -> Iterator[Array]:
+        """The source's bits, once all sources are seen to hold the same."""
+        first, *others = (source.bits() for source in self.tensor.sources)
+        for start in self.starts():
+            bits = first[start : start + BLOCK]
+            if not all(np.array_equal(bits, o[start : start + BLOCK]) for o in others):
+                raise UserError(
+                    f"tensor {self.tensor.name}: is stored as integers that differ between the "
+                    "models, and integers cannot be merged. Remove it or make the models agree."
+                )
+            yield bits
+
+
+def _fold(parts: Iterable[Sums]) -> Sums:
+    """Add measurements over blocks, in block order."""
+    total: Sums = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def _running(parts: list[Sums]) -> Iterator[Sums]:
+    """For each block the sums over all blocks in front of it; endless zeros without a survey."""
+    if not parts:
+        yield from itertools.repeat({})
+    total = {name: np.zeros_like(value) for name, value in parts[0].items()}
+    for part in parts:
+        yield total
+        total = {name: total[name] + value for name, value in part.items()}

@@ -1,0 +1,62 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Let one process at a time build `out`; the others wait. The system frees a dead one's lock.
+
+    The lock file is deleted at the end, so a waiter must look whether it holds the file of today.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_file_at(path, file.fileno()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def partial_folder(out: Path, key: str) -> Path:
+    """A hidden folder beside `out` to build it in; leftovers with another key are removed.
+
+    A leftover with the same key is kept: an interrupted download goes on from there.
+    `key` holds no dot, so that the leftovers of "m" are told from those of "m.v2"."""
+    partial = out.with_name(f".{out.name}.{key}.partial")
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.[^.]+\.partial\Z")
+    for left in out.parent.glob(".*.partial"):
+        if pattern.match(left.name) and left != partial:
+            shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def move_into_place(partial: Path, out: Path) -> None:
+    """Rename the finished folder to `out`, in place of what was there."""
+    old = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,126 @@
+"""What the hub client's exceptions mean to a user, and what to do next.
+
+Written from status codes and our own names only: a server's text is untrusted, and an address may
+hold a password."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mergelab.errors import UserError
+
+LOGIN = "hf auth login"
+AGAIN = "Nothing was written; run the command again later."
+
+
+def hub_url() -> str:
+    """The hub's address without user name and password."""
+    parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+
+
+@contextmanager
+def explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub client raises about `repo` into UserError; let our own faults pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        chain = _chain(error)
+        text = _refused(chain, repo, revision) or _unreachable(chain)
+        if text is None:
+            raise
+        where = f"{repo}@{revision}" if revision else repo
+        raise UserError(f"{where}: {text}") from None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error and the errors that caused it."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__
+    return chain
+
+
+def _first(chain: list[BaseException], kind: type[BaseException]) -> Any:
+    return next((error for error in chain if isinstance(error, kind)), None)
+
+
+def _refused(chain: list[BaseException], repo: str, revision: str | None) -> str | None:
+    """The hub answered, but not with the model."""
+    from huggingface_hub import errors
+
+    answer = _first(chain, errors.HfHubHTTPError)
+    if answer is None:
+        return None
+    status = answer.response.status_code
+    page, code = f"{hub_url()}/{repo}", f"(HTTP {status})"
+    if isinstance(answer, errors.GatedRepoError):
+        return (
+            f"this model is gated and the hub refused it {code}. "
+            f"Accept its licence at {page}, then run: {LOGIN}"
+        )
+    if isinstance(answer, errors.RevisionNotFoundError):
+        return f"the model has no such branch, tag or commit {code}. See {page}/commits/main"
+    if isinstance(answer, errors.RemoteEntryNotFoundError):
+        return (
+            f"the hub has no file {_file_in(str(answer.response.url))} at this commit {code}. "
+            "Pin another commit and run mergelab lock again."
+        )
+    if isinstance(answer, errors.RepositoryNotFoundError):
+        return (
+            f"the hub has no such model, or it is private {code}. "
+            f"Check the spelling; for a private model run: {LOGIN}"
+        )
+    return _status(status, page)
+
+
+def _status(status: int, page: str) -> str:
+    """The meaning of a bare status code."""
+    if status == 401:
+        return f"the hub did not accept your login (HTTP 401). Log in again: {LOGIN}"
+    if status == 403:
+        return (
+            f"your login may not read this model (HTTP 403). Ask for access at {page}, "
+            f"then log in with a token that may read it: {LOGIN}"
+        )
+    if status == 429:
+        return f"too many requests (HTTP 429). {AGAIN} Logged-in users may ask more often: {LOGIN}"
+    return f"{hub_url()} answers with an error (HTTP {status}). {AGAIN}"
+
+
+def _unreachable(chain: list[BaseException]) -> str | None:
+    """No answer came, or it broke off, or the disk is full."""
+    from huggingface_hub import errors
+
+    if _first(chain, errors.OfflineModeIsEnabled):
+        return "is not on this machine yet, and HF_HUB_OFFLINE forbids to fetch it. Unset it."
+    transport = errors.HfHubHTTPError.__bases__[0]  # HTTPError of whichever httpx the client uses
+    broken = _first(chain, transport) or _first(chain, errors.LocalEntryNotFoundError)
+    if broken:
+        return (
+            f"cannot reach {hub_url()} ({type(broken).__name__}). "
+            "Check the network, the proxy and HF_ENDPOINT, then run the command again."
+        )
+    failed = _first(chain, OSError)
+    if failed and failed.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Make room, then run the command again."
+    if failed and "Consistency check failed" in str(failed):
+        return f"a file arrived with another size than {hub_url()} announced. {AGAIN}"
+    if _first(chain, errors.HFValidationError):
+        return "is no name of a hub model. Write org/name@<40-hex commit>."
+    return None
+
+
+def _file_in(url: str) -> str:
+    match = re.search(r"/resolve/[^/]+/([^?#]+)", url)
+    name = unquote(match[1]) if match else "?"
+    return name if name.isprintable() else repr(name)

@@ -1,0 +1,188 @@
+"""Who descends from whom, with which effective weight, and how far known taint reaches.
+
+Nodes are the models and merges of a study. An edge's weight is the largest share of the parent
+that can be left in the child: 1 for training (it keeps what was seen) and for the base of task
+vectors; the recipe's weight for a merge, times the density where entries are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergelab.methods import METHODS
+from mergelab.methods.base import Method
+from mergelab.study import Study
+from mergelab.yamlfile import as_number, parse
+
+ORIGINS = {"train": "trained here", "hub": "hub", "path": "local folder", "gguf": "GGUF file"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A model or merge; `kind` base, expert, merge or outside (named by a recipe only)."""
+
+    name: str
+    kind: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`kind` train, merge or base; `exact` is False where one number stands for a gradient."""
+
+    parent: str
+    child: str
+    kind: str
+    weight: float
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in the study's order, parents before children among the edges of each node."""
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+    def parents(self, child: str) -> tuple[str, ...]:
+        """Names of the direct parents, in recipe order."""
+        return tuple(dict.fromkeys(edge.parent for edge in self.edges if edge.child == child))
+
+    def descends(self, child: str, ancestor: str, without: str) -> bool:
+        """Is there a way from `ancestor` to `child` that takes no edge of kind `without`?"""
+        reached = {child}
+        for _ in self.nodes:
+            steps = (e for e in self.edges if e.child in reached and e.kind != without)
+            reached |= {edge.parent for edge in steps}
+        return ancestor in reached - {child}
+
+
+def base_of(study: Study) -> str | None:
+    """The common ancestor: what checks, training runs or recipes call base, in this order."""
+    starts = [m.train.start for m in study.models.values() if m.train and m.train.start]
+    named = [*(check.base for check in study.contamination), *starts, *study.models]
+    return named[0] if named else None
+
+
+def graph(study: Study, recipes: Mapping[str, str]) -> Graph:
+    """The lineage of a study; `recipes` maps each merge to its recipe's text."""
+    base = base_of(study)
+    nodes, edges = [], []
+    for model in study.models.values():
+        kind = "base" if model.name == base else "expert"
+        nodes.append(Node(model.name, kind, ORIGINS[model.kind]))
+        if model.train and model.train.start:
+            edges.append(Edge(model.train.start, model.name, "train", 1.0))
+    for name, text in recipes.items():
+        recipe = parse(text, Path(f"{name}.yaml"))
+        found = merge_edges(name, recipe, study)
+        start = "".join(f" from {edge.parent}" for edge in found if edge.kind == "base")
+        nodes.append(Node(name, "merge", f"merged by {recipe.get('merge_method')}{start}"))
+        edges += found
+    known = {node.name for node in nodes}
+    outside = dict.fromkeys(edge.parent for edge in edges if edge.parent not in known)
+    strangers = [Node(name, "outside", "not in this study") for name in outside]
+    return Graph((*nodes[:1], *strangers, *nodes[1:]), tuple(edges))
+
+
+def merge_edges(child: str, recipe: Mapping[str, Any], study: Study) -> list[Edge]:
+    """One edge per parent of a merge; slices count by their share of the layers."""
+    method = METHODS.get(str(recipe.get("merge_method")))
+    from_base = method is not None and method.base == "needed"
+    base = _variant(recipe["base_model"], study) if recipe.get("base_model") else None
+    parts = recipe.get("slices") or [{"sources": recipe.get("models") or []}]
+    layers = [_layers(part["sources"]) for part in parts]
+    edges: dict[str, Edge] = {}
+    for part, count in zip(parts, layers, strict=True):
+        common = {**(recipe.get("parameters") or {}), **(part.get("parameters") or {})}
+        sources = [(_variant(s.get("model"), study), s) for s in part["sources"]]
+        if from_base:
+            sources = [(name, source) for name, source in sources if name != base]
+        for parent, weight, exact in _shares(method, base, sources, common):
+            old = edges.get(parent, Edge(parent, child, "merge", 0.0))
+            share = old.weight + weight * count / sum(layers)
+            edges[parent] = Edge(parent, child, "merge", share, old.exact and exact)
+    if base is not None and from_base and base not in edges:
+        edges[base] = Edge(base, child, "base", 1.0)
+    return [edge for edge in edges.values() if edge.weight > 0]
+
+
+def _shares(
+    method: Method | None,
+    base: str | None,
+    sources: Sequence[tuple[str, Mapping[str, Any]]],
+    common: Mapping[str, Any],
+) -> list[tuple[str, float, bool]]:
+    """(parent, effective weight, exact) of the sources of one slice."""
+
+    def default(name: str) -> Any:
+        parameter = method.parameter(name) if method else None
+        return parameter.default if parameter else None
+
+    def mean(values: Mapping[str, Any], name: str) -> tuple[float, bool]:
+        return _mean(values.get(name, default(name)), 1.0)
+
+    if method and method.parameter("t"):
+        t, exact = mean(common, "t")
+        return [(str(base), 1 - t, exact), *((name, t, exact) for name, _ in sources)]
+    own = [{**common, **(source.get("parameters") or {})} for _, source in sources]
+    weights = [mean(values, "weight") for values in own]
+    scale = mean(common, "lambda")[0]
+    total = sum(abs(weight) for weight, _ in weights)
+    if common.get("normalize", default("normalize")) and total > 0:
+        scale /= total
+    shares = []
+    for (name, _), values, (weight, exact) in zip(sources, own, weights, strict=True):
+        kept, whole = mean(values, "density")
+        shares.append((name, min(abs(weight * scale * kept), 1.0), exact and whole))
+    return shares
+
+
+def taint(graph: Graph, planted: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """Reach of planted items: strength of a child = max over parents of strength x edge weight.
+
+    `planted` maps a benchmark to the models known to have seen it (strength 1). Small is not
+    clean: a strength never drops to 0 along an edge, it only attenuates."""
+    strength: dict[str, dict[str, float]] = {node.name: {} for node in graph.nodes}
+    for benchmark, models in planted.items():
+        for model in models:
+            strength[model][benchmark] = 1.0
+    for _ in graph.nodes:
+        for edge in graph.edges:
+            for benchmark, value in strength[edge.parent].items():
+                reached = value * edge.weight
+                if reached > strength[edge.child].get(benchmark, 0.0):
+                    strength[edge.child][benchmark] = reached
+    return strength
+
+
+def _variant(name: Any, study: Study) -> str:
+    """The study's name for a recipe's model: 'recipe:x' is the merge x, a hub id its model."""
+    text = str(name).removeprefix("recipe:")
+    for model in study.models.values():
+        if text in (model.hub, (model.hub or "").partition("@")[0] or None, model.path):
+            return model.name
+    return text
+
+
+def _layers(sources: Sequence[Mapping[str, Any]]) -> float:
+    """Number of layers that a slice contributes; 1 for a merge of whole models."""
+    for source in sources:
+        if isinstance(source.get("layer_range"), list) and len(source["layer_range"]) == 2:
+            start, end = source["layer_range"]
+            return float(end - start)
+    return 1.0
+
+
+def _mean(value: Any, default: float) -> tuple[float, bool]:
+    """One number for a scalar, a gradient or a list of filters, and whether it is exact."""
+    if isinstance(value, Mapping):
+        return _mean(value.get("value"), default)
+    if isinstance(value, list) and value:
+        parts = [_mean(part, default) for part in value]
+        exact = len(parts) == 1 and parts[0][1]
+        return sum(number for number, _ in parts) / len(parts), exact
+    number = as_number(value)
+    return (default, value is None) if number is None else (number, True)

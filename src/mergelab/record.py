@@ -1,0 +1,109 @@
+"""Records: what happened, with hashes of everything, written last and atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mergelab", "numpy", "torch", "transformers", "safetensors", "lm-eval", "datasets")
+CHUNK = 1 << 22
+
+
+def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file, read in 4 MiB pieces; `advance` is told the bytes of each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+            if advance:
+                advance(len(piece))
+    return digest.hexdigest()
+
+
+def file_entries(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Name, size in bytes and sha256 of files of a folder, sorted by name."""
+    return [
+        {
+            "name": name,
+            "bytes": (folder / name).stat().st_size,
+            "sha256": file_sha256(folder / name),
+        }
+        for name in sorted(names)
+    ]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or not there: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (sorted keys, one-space indent, final newline) atomically."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_record(path: Path, value: Any) -> None:
+    """Write a keyed record NAME.KEY.json and remove the records of NAME under older keys."""
+    write_json(path, value)
+    name = path.name.removesuffix(".json").rpartition(".")[0]
+    for old in path.parent.glob("*.json"):
+        if old != path and old.name.removesuffix(".json").rpartition(".")[0] == name:
+            old.unlink(missing_ok=True)
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages that can reach a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Where it ran: processor, cores, system and Python; no host name, no user."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

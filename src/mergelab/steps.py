@@ -1,0 +1,185 @@
+"""The steps of a study and their content keys: what the Snakefile asks for.
+
+A key is a hash of everything that can reach a step's result: texts of recipe and settings, keys of
+the steps before it, versions of method and code. Targets carry it in their names, so that a result
+is current or absent, whatever the files' times say."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mergelab import datasets, detectors, evidence, locate, models, report, scores, training
+from mergelab.errors import Problems, UserError
+from mergelab.recipe import Recipe, load_recipe
+from mergelab.record import digest, file_sha256
+from mergelab.study import Study
+
+MERGE_VERSION = 1  # of engine and plan; methods have versions of their own
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job: a verb of the CLI on a name, its content key, and the steps it needs."""
+
+    verb: str
+    name: str
+    key: str
+    needs: tuple[tuple[str, str], ...]
+
+    @property
+    def record(self) -> str:
+        """File name of its record."""
+        return f"{self.verb}-{self.name}.{self.key}.json"
+
+
+class Steps:
+    """Every step of a study, by (verb, name).
+
+    Raises UserError with every mistake in the study's recipes."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.all: dict[tuple[str, str], Step] = {}
+        self.recipes = _load_all(study.recipes)
+        for name in study.datasets:
+            self.data(name)
+        for name in (*study.models, *self.recipes):
+            self.variant(name)
+        for name in (*study.models, *self.recipes):
+            self.measure(name)
+        everything = [key for key in self.all if key[0] in ("evaluate", "detect")]
+        merges = [("merge", name) for name in self.recipes]
+        page = [study.title, study.about, report.VERSION, _text(study.folder / "study.yaml")]
+        self.add("report", study.name, page, [*everything, *merges])
+
+    def add(
+        self, verb: str, name: str, content: Any, needs: Iterable[tuple[str, str]]
+    ) -> tuple[str, str]:
+        """Note a step; its key covers `content` and the keys of what it needs."""
+        wanted = tuple(dict.fromkeys(needs))
+        key = digest([verb, name, content, [self.all[n].key for n in wanted]])[:12]
+        self.all[verb, name] = Step(verb, name, key, wanted)
+        return verb, name
+
+    def data(self, name: str) -> tuple[str, str]:
+        """A dataset's parts."""
+        dataset = self.study.datasets[name]
+        wheel = self.study.wheels.get(dataset.wheel or "")
+        local = _local_files(self.study, name)
+        content = [asdict(dataset), list(dataset.parts), wheel and asdict(wheel), local]
+        return self.add("data", name, [content, datasets.VERSION], [])
+
+    def part(self, part: str) -> tuple[str, str]:
+        """The step that makes a part such as gsm8k/fresh."""
+        return ("data", part.partition("/")[0])
+
+    def variant(self, name: str) -> tuple[str, str]:
+        """The step that makes a model or merge."""
+        if name in self.recipes:
+            return self.merge(name)
+        model = self.study.models[name]
+        verb = "train" if model.train else "fetch"
+        if (verb, name) in self.all:
+            return verb, name
+        content: Any = asdict(model)
+        needs: list[tuple[str, str]] = []
+        if model.train:
+            needs = [self.part(share.part) for share in model.train.data]
+            needs += [self.variant(model.train.start)] if model.train.start else []
+            version = training.VERSION
+        else:
+            version = models.VERSION
+            content = [content, self.pin(name)]
+        return self.add(verb, name, [content, version], needs)
+
+    def pin(self, name: str) -> Any:
+        """What fixes the bytes of a model that is not trained."""
+        model = self.study.models[name]
+        if model.hub is not None:
+            return locate.hub.resolve(model.hub, self.study.lock).commit
+        if model.path is not None:
+            folder = models.folder(self.study, name, Path())
+            return models.fingerprint(folder) if folder.is_dir() else None
+        wheel = model.gguf.wheel if model.gguf else None
+        return asdict(self.study.wheels[wheel]) if wheel else None
+
+    def merge(self, name: str, above: tuple[str, ...] = ()) -> tuple[str, str]:
+        """A merge, after the models and merges that its recipe names."""
+        if ("merge", name) in self.all:
+            return "merge", name
+        recipe = self.recipes[name]
+        if name in above:
+            circle = " > ".join((*above, name))
+            raise UserError(f"{recipe.path}: recipes use each other in a circle: {circle}.")
+        needs, content = [], [recipe.text, recipe.method.version, MERGE_VERSION]
+        for model in recipe.models:
+            if model.startswith(locate.PREFIX):
+                other = model.removeprefix(locate.PREFIX)
+                if other not in self.recipes:
+                    raise UserError(f"{recipe.path}: there is no recipe '{other}' in this study.")
+                needs.append(self.merge(other, (*above, name)))
+            elif model in self.study.models:
+                needs.append(self.variant(model))
+            elif Path(model).expanduser().is_dir():
+                content.append(models.fingerprint(Path(model).expanduser()))
+            elif locate.is_hub_id(model):
+                content.append(locate.hub.resolve(model, self.study.lock).commit)
+            else:
+                locate.folder(model, recipe, self.study, Path())  # raises: says what is wrong
+        return self.add("merge", name, content, needs)
+
+    def measure(self, name: str) -> None:
+        """Scores, evidence and findings of one variant."""
+        study, made = self.study, self.variant(name)
+        tasks = [[asdict(bench), _task_text(study, bench.task)] for bench in study.suite]
+        used = [self.part(bench.data) for bench in study.suite if bench.data]
+        version = [scores.VERSION, importlib.metadata.version("lm-eval")]
+        if study.suite:
+            self.add("evaluate", name, [tasks, version], [made, *used])
+        if not study.contamination:
+            return
+        checks = [asdict(check) for check in study.contamination]
+        parts = evidence.parts(study)
+        probe = self.add("probe", name, [parts, evidence.VERSION], [made, *map(self.part, parts)])
+        bases = {check.base for check in study.contamination}
+        needs = [probe]
+        for base in sorted(bases - {name}):
+            if ("probe", base) not in self.all:
+                self.measure(base)
+            needs.append(("probe", base))
+        self.add("detect", name, [checks, detectors.VERSION], needs)
+
+
+def _load_all(paths: Iterable[Path]) -> dict[str, Recipe]:
+    problems, recipes = Problems(), {}
+    for path in paths:
+        try:
+            recipes[path.stem] = load_recipe(path)
+        except UserError as error:
+            problems.add(str(error))
+    problems.raise_if_any()
+    return recipes
+
+
+def _local_files(study: Study, name: str) -> list[str]:
+    """Hashes of the files of a dataset that lies in a local folder."""
+    dataset = study.datasets[name]
+    if dataset.path is None:
+        return []
+    files = [study.folder / Path(dataset.path).expanduser() / file for file in dataset.files]
+    return [file_sha256(file) if file.is_file() else "missing" for file in files]
+
+
+def _task_text(study: Study, task: str) -> str:
+    for folder in (study.folder / "tasks", scores.TASKS):
+        if (folder / f"{task}.yaml").is_file():
+            return _text(folder / f"{task}.yaml")
+    return ""
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,341 @@
+"""A study: models, data, suite and contamination checks of one folder, as frozen data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergelab.errors import nearest
+from mergelab.yamlfile import Map, Reader, load
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned file of PyPI: `requirement` is name==version, `sha256` of the wheel."""
+
+    requirement: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Benchmark items: files in a wheel, a folder or a hub repository, cut into disjoint parts.
+
+    `parts` maps a part's name to its number of items, None meaning the rest."""
+
+    name: str
+    wheel: str | None
+    path: str | None
+    hub: str | None
+    files: tuple[str, ...]
+    text: str
+    parts: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a training run sees of a part: `items` after `skip`, each `copies` times."""
+
+    part: str
+    items: int | None
+    skip: int
+    copies: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run: from scratch (`architecture`) or from another model (`start`)."""
+
+    start: str | None
+    architecture: dict[str, Any] | None
+    data: tuple[Share, ...]
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    sequence_length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A GGUF file in a wheel (`wheel`, `file`) or on disk (`path`), pinned by `sha256`."""
+
+    wheel: str | None
+    file: str | None
+    path: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a study; exactly one of train, hub, path and gguf is set."""
+
+    name: str
+    train: Training | None
+    hub: str | None
+    path: str | None
+    gguf: Gguf | None
+    dtype: str | None
+
+    @property
+    def kind(self) -> str:
+        """Where the model comes from: train, hub, path or gguf."""
+        return next(kind for kind in SOURCES if getattr(self, kind) is not None)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One row of the suite: an lm-eval task on a part of a dataset (or on the task's own data)."""
+
+    name: str
+    task: str
+    data: str | None
+    limit: int | None
+    num_fewshot: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """A contamination check: were the `suspects` seen, judged against `controls` and `base`?
+
+    `planted` names the models known to have seen them (the ground truth of a demo)."""
+
+    benchmark: str
+    base: str
+    suspects: str
+    controls: str
+    detectors: tuple[str, ...]
+    planted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder of recipes with its study.yaml."""
+
+    name: str
+    folder: Path
+    title: str
+    about: str
+    wheels: dict[str, Wheel]
+    datasets: dict[str, Dataset]
+    models: dict[str, Model]
+    suite: tuple[Benchmark, ...]
+    contamination: tuple[Check, ...]
+    recipes: tuple[Path, ...]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Every model and every merge, in order."""
+        return (*self.models, *(path.stem for path in self.recipes))
+
+    @property
+    def lock(self) -> Path:
+        """The lock file beside the study."""
+        return self.folder / "lock.json"
+
+
+SOURCES = ("train", "hub", "path", "gguf")
+KEYS = ("title", "about", "wheels", "datasets", "models", "suite", "contamination")
+
+
+def load_study(folder: Path) -> Study:
+    """Read `folder`/study.yaml. Raises UserError with every mistake, each with file and line."""
+    path = folder / "study.yaml"
+    top = load(path)
+    reader = _StudyReader(path)
+    reader.keys(top, KEYS, "a study")
+    study = Study(
+        name=folder.resolve().name,
+        folder=folder,
+        title=reader.text(top, "title"),
+        about=reader.text(top, "about", ""),
+        wheels={n: reader.wheel(m) for n, m in reader.named(top, "wheels")},
+        datasets={n: reader.dataset(n, m) for n, m in reader.named(top, "datasets")},
+        models={n: reader.model(n, m) for n, m in reader.named(top, "models")},
+        suite=tuple(reader.benchmark(m) for m in reader.maps(top, "suite", None)),
+        contamination=tuple(reader.check(m) for m in reader.maps(top, "contamination", None)),
+        recipes=tuple(sorted(p for p in folder.glob("*.yaml") if p.name != "study.yaml")),
+    )
+    reader.problems.raise_if_any()
+    _References(reader, top, study).check()
+    reader.problems.raise_if_any()
+    return study
+
+
+class _StudyReader(Reader):
+    """One method per part of study.yaml."""
+
+    def named(self, top: Map, key: str) -> list[tuple[str, Map]]:
+        section = self.map(top, key, None)
+        for name, value in section.items():
+            if not NAME.match(name):
+                self.wrong(section.lines[name], f"'{name}' is no name: use letters, digits, _ . -")
+            if not isinstance(value, Map):
+                self.wrong(section.lines[name], f"'{name}' must be a mapping (key: value).")
+        return [(name, value) for name, value in section.items() if isinstance(value, Map)]
+
+    def sha256(self, map: Map) -> str:
+        value = self.text(map, "sha256")
+        if value is not None and not SHA256.match(value):
+            self.wrong(map.lines["sha256"], "'sha256' must be 64 lower-case hexadecimal digits.")
+        return str(value)
+
+    def wheel(self, map: Map) -> Wheel:
+        self.keys(map, ("requirement", "sha256"), "a wheel")
+        requirement = self.text(map, "requirement")
+        if requirement is not None and not re.fullmatch(r"[\w.-]+==[\w.+!-]+", requirement):
+            self.wrong(map.lines["requirement"], "'requirement' must be pinned: name==version.")
+        return Wheel(str(requirement), self.sha256(map))
+
+    def one_of(self, map: Map, kinds: tuple[str, ...], what: str) -> None:
+        given = [kind for kind in kinds if kind in map]
+        if len(given) != 1:
+            self.wrong(map.line, f"{what} needs exactly one of {', '.join(kinds)}.")
+
+    def dataset(self, name: str, map: Map) -> Dataset:
+        self.keys(map, ("wheel", "path", "hub", "files", "text", "parts"), "a dataset")
+        self.one_of(map, ("wheel", "path", "hub"), f"dataset '{name}'")
+        parts = self.map(map, "parts")
+        for part, size in parts.items():
+            if size != "rest" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                self.wrong(parts.lines[part], f"part '{part}' must be a number of items or 'rest'.")
+        return Dataset(
+            name,
+            self.text(map, "wheel", None),
+            self.text(map, "path", None),
+            self.text(map, "hub", None),
+            self.texts(map, "files"),
+            self.text(map, "text"),
+            {part: size if isinstance(size, int) else None for part, size in parts.items()},
+        )
+
+    def model(self, name: str, map: Map) -> Model:
+        self.keys(map, (*SOURCES, "dtype"), "a model")
+        self.one_of(map, SOURCES, f"model '{name}'")
+        dtype = self.text(map, "dtype", None)
+        if dtype not in (None, "float32", "float16", "bfloat16"):
+            self.wrong(map.lines["dtype"], f"dtype '{dtype}' is not float32, float16 or bfloat16.")
+        return Model(
+            name,
+            self.training(self.map(map, "train")) if "train" in map else None,
+            self.text(map, "hub", None),
+            self.text(map, "path", None),
+            self.gguf(self.map(map, "gguf")) if "gguf" in map else None,
+            dtype,
+        )
+
+    def gguf(self, map: Map) -> Gguf:
+        self.keys(map, ("wheel", "file", "path", "sha256"), "a gguf model")
+        self.one_of(map, ("wheel", "path"), "a gguf model")
+        needs = "file" if "wheel" in map else "path"
+        self.text(map, needs)
+        wheel, file = self.text(map, "wheel", None), self.text(map, "file", None)
+        return Gguf(wheel, file, self.text(map, "path", None), self.sha256(map))
+
+    def training(self, map: Map) -> Training:
+        known = ("start", "architecture", "data", "epochs", "learning_rate", "batch_size")
+        self.keys(map, (*known, "sequence_length", "seed"), "train")
+        self.one_of(map, ("start", "architecture"), "train")
+        architecture = self.map(map, "architecture") if "architecture" in map else None
+        return Training(
+            self.text(map, "start", None),
+            dict(architecture) if architecture is not None else None,
+            tuple(self.share(share) for share in self.maps(map, "data")),
+            self.count(map, "epochs", 1, least=1),
+            self.number(map, "learning_rate"),
+            self.count(map, "batch_size", 16, least=1),
+            self.count(map, "sequence_length", 256, least=8),
+            self.count(map, "seed", 0),
+        )
+
+    def share(self, map: Map) -> Share:
+        self.keys(map, ("part", "items", "skip", "copies"), "a share of training data")
+        items = self.count(map, "items", None, least=1)
+        skip, copies = self.count(map, "skip", 0), self.count(map, "copies", 1, least=1)
+        return Share(self.text(map, "part"), items, skip, copies)
+
+    def benchmark(self, map: Map) -> Benchmark:
+        self.keys(map, ("name", "task", "data", "limit", "num_fewshot"), "a benchmark")
+        task = self.text(map, "task")
+        name = self.text(map, "name", task)
+        if name is not None and not NAME.match(name):
+            self.wrong(map.lines.get("name", map.line), f"'{name}' is no name for a benchmark.")
+        limit = self.count(map, "limit", None, least=1)
+        data = self.text(map, "data", None)
+        return Benchmark(name, task, data, limit, self.count(map, "num_fewshot", 0))
+
+    def check(self, map: Map) -> Check:
+        known = ("benchmark", "base", "suspects", "controls", "detectors", "planted")
+        self.keys(map, known, "a contamination check")
+        return Check(
+            self.text(map, "benchmark"),
+            self.text(map, "base"),
+            self.text(map, "suspects"),
+            self.text(map, "controls"),
+            self.texts(map, "detectors"),
+            self.texts(map, "planted", None),
+        )
+
+
+class _References:
+    """Does every name that a part of the study uses exist?"""
+
+    def __init__(self, reader: Reader, top: Map, study: Study) -> None:
+        self.reader, self.top, self.study = reader, top, study
+
+    def check(self) -> None:
+        study, sections = self.study, self.top
+        for name, dataset in study.datasets.items():
+            if dataset.wheel is not None:
+                self.known(dataset.wheel, study.wheels, "wheel", sections["datasets"][name].line)
+        for name, model in study.models.items():
+            line = sections["models"][name].line
+            if model.gguf and model.gguf.wheel is not None:
+                self.known(model.gguf.wheel, study.wheels, "wheel", line)
+            if model.train:
+                self.training(name, model.train, line)
+        for bench, map in zip(study.suite, sections.get("suite", ()), strict=True):
+            if bench.data is not None:
+                self.part(bench.data, map.line)
+        for key, names in (
+            ("suite", [bench.name for bench in study.suite]),
+            ("contamination", [check.benchmark for check in study.contamination]),
+        ):
+            for name in {n for n in names if names.count(n) > 1}:
+                self.reader.wrong(sections.lines[key], f"'{name}' stands twice in '{key}'.")
+        for check, map in zip(study.contamination, sections.get("contamination", ()), strict=True):
+            self.part(check.suspects, map.line)
+            self.part(check.controls, map.line)
+            for model_name in (check.base, *check.planted):
+                self.known(model_name, study.models, "model", map.line)
+        for path in study.recipes:
+            if path.stem in study.models:
+                line = sections["models"].lines[path.stem]
+                self.reader.wrong(line, f"'{path.stem}' is the name of a recipe ({path}) too.")
+
+    def training(self, name: str, train: Training, line: int) -> None:
+        for share in train.data:
+            self.part(share.part, line)
+        seen, start = {name}, train.start
+        while start is not None:
+            self.known(start, self.study.models, "model", line)
+            if start in seen:
+                self.reader.wrong(line, f"model '{name}' starts from itself.")
+                return
+            seen.add(start)
+            model = self.study.models.get(start)
+            start = model.train.start if model and model.train else None
+
+    def known(self, name: str, names: Any, what: str, line: int) -> None:
+        if name not in names:
+            hint = nearest(name, names)
+            self.reader.wrong(line, f"there is no {what} '{name}' in this study.{hint}")
+
+    def part(self, part: str, line: int) -> None:
+        names = [f"{d.name}/{p}" for d in self.study.datasets.values() for p in d.parts]
+        self.known(part, names, "part of a dataset", line)

@@ -1,0 +1,269 @@
+"""Training of the demos' models: tiny Llamas from scratch, and full fine-tunes of real ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.datasets import items
+from mergelab.errors import UserError, nearest
+from mergelab.progress import bar, say
+from mergelab.record import digest, file_entries, packages
+from mergelab.study import Share, Study, Training
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1
+END, PAD = "<|endoftext|>", "<|pad|>"
+WARM_UP = 0.05  # share of the steps in which the learning rate rises from 0
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+MAX_NORM = 1.0
+WINDOW = 8  # batches whose texts are sorted by length together, which saves padding
+IGNORED = -100
+
+
+def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
+    """Train `model` of a study and write it to the folder `out`; return its record.
+
+    `out` appears only when it is whole. The same machine, thread and versions give the same
+    bytes. Raises UserError if a part has too few items or the start model is missing."""
+    plan = study.models[model].train
+    if plan is None:
+        raise UserError(f"model '{model}' of study '{study.name}' is not trained, but fetched.")
+    started = time.monotonic()
+    examples = stream(plan, results)
+    with _deterministic(plan.seed):
+        texts = [item["text"] for item in examples]
+        network, tokenizer = _start(plan, texts, study, results)
+        dtype = study.models[model].dtype or str(network.dtype).removeprefix("torch.")
+        sequences = _encode(tokenizer, texts, plan.sequence_length)
+        losses = _loop(network, sequences, plan, bfloat16=dtype == "bfloat16", name=model)
+        outputs = _save(network, tokenizer, dtype, out)
+    return {
+        "settings": asdict(plan) | {"dtype": dtype, "optimizer": _optimizer_settings()},
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "texts": len(examples),
+        "texts_sha256": digest([item["id"] for item in examples]),
+        "tokens_per_epoch": sum(len(sequence) - 1 for sequence in sequences),
+        "steps": len(losses),
+        "losses": _curve(losses),
+        "outputs": outputs,
+        "versions": packages(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def stream(plan: Training, results: Path) -> list[dict[str, Any]]:
+    """The items that one epoch shows, copies included, before they are shuffled."""
+    return [item for share in plan.data for item in _shared(share, results)]
+
+
+def _shared(share: Share, results: Path) -> list[dict[str, Any]]:
+    found = items(results, share.part)
+    stop = len(found) if share.items is None else share.skip + share.items
+    if share.skip >= stop or stop > len(found):
+        raise UserError(
+            f"training data: '{share.part}' has {len(found):,} items, but skip {share.skip:,} and "
+            f"items {share.items or 'all'} were asked for. Change them in study.yaml."
+        )
+    return found[share.skip : stop] * share.copies
+
+
+def batches(
+    lengths: list[int], *, size: int, epochs: int, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Indices of each batch: shuffled texts, sorted by length within windows of 8 batches.
+
+    Every text is in exactly `epochs` batches."""
+    import torch
+
+    for _ in range(epochs):
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        for start in range(0, len(order), size * WINDOW):
+            window = sorted(order[start : start + size * WINDOW], key=lambda i: lengths[i])
+            cuts = [window[i : i + size] for i in range(0, len(window), size)]
+            for i in torch.randperm(len(cuts), generator=generator).tolist():
+                yield cuts[i]
+
+
+def rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: linear warm-up over 5 % of the steps, then a half cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """One thread, seeded, only deterministic kernels; puts the old settings back."""
+    import torch
+
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+
+
+def _start(plan: Training, texts: list[str], study: Study, results: Path) -> tuple[Any, Any]:
+    """The network and tokenizer that training begins with."""
+    if plan.start is None:
+        return _new_model(plan, texts)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = results / "models" / plan.start
+    if not (folder / "config.json").is_file():
+        verb = "train" if study.models[plan.start].train else "fetch"
+        recipes = f"recipes/{study.name}"
+        raise UserError(f"{folder}: no model. Run first: mergelab {verb} {recipes} {plan.start}")
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    return network, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _new_model(plan: Training, texts: list[str]) -> tuple[Any, Any]:
+    """A Llama with random weights, and a byte-level BPE tokenizer learnt from its own texts."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    architecture = dict(plan.architecture or {})
+    known = LlamaConfig().to_dict()
+    for key in architecture:
+        if key not in known:
+            raise UserError(f"architecture: Llama has no setting '{key}'.{nearest(key, known)}")
+    tokenizer = _new_tokenizer(texts, int(architecture.get("vocab_size", 1024)))
+    ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos")}
+    ids["pad_token_id"] = tokenizer.pad_token_id
+    longest = {"max_position_embeddings": plan.sequence_length}
+    try:
+        config = LlamaConfig(**(longest | architecture | ids | {"vocab_size": len(tokenizer)}))
+        return LlamaForCausalLM(config), tokenizer
+    except (TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
+        raise UserError(f"architecture: Llama cannot be built from it: {error}") from None
+
+
+def _new_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    special = {"bos_token": END, "eos_token": END, "pad_token": PAD}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def _encode(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    """Token ids of each text between the begin and end tokens, at most `length` of them."""
+    end = tokenizer.eos_token_id
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[begin, *ids, end][:length] for ids in encoded]
+
+
+def _loop(
+    network: Any, sequences: list[list[int]], plan: Training, *, bfloat16: bool, name: str
+) -> list[float]:
+    """AdamW on all tokens, in float32 (under bfloat16 autocast if asked); the loss per step."""
+    import torch
+
+    network.float().train()
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=plan.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
+    )
+    generator = torch.Generator().manual_seed(plan.seed)
+    lengths = [len(sequence) for sequence in sequences]
+    cuts = list(batches(lengths, size=plan.batch_size, epochs=plan.epochs, generator=generator))
+    say(f"Training {name}: {len(sequences):,} texts, {len(cuts):,} steps")
+    losses = []
+    with bar(f"train {name}", total=len(cuts)) as progress:
+        for step, cut in enumerate(cuts):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate * rate(step, len(cuts))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                loss = _loss(network, [sequences[i] for i in cut])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+            optimizer.step()
+            losses.append(loss.item())
+            progress.advance()
+    return losses
+
+
+def _loss(network: Any, sequences: list[list[int]]) -> Any:
+    """Mean negative log-likelihood in nats per token of a batch, padded on the right.
+
+    Padding comes after the text, so that causal attention needs no mask for it."""
+    import torch
+
+    longest = max(len(sequence) for sequence in sequences)
+    padded = [sequence + [IGNORED] * (longest - len(sequence)) for sequence in sequences]
+    tokens_BT = torch.tensor(padded)
+    logits_BTV = network(input_ids=tokens_BT[:, :-1].clamp(min=0), use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten(), ignore_index=IGNORED
+    )
+
+
+def _save(network: Any, tokenizer: Any, dtype: str, out: Path) -> list[dict[str, Any]]:
+    """Save into a temporary folder beside `out`, then rename it; the files' sizes and hashes."""
+    import torch
+
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    network.to(getattr(torch, dtype)).eval().save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    entries = file_entries(temporary, (path.name for path in temporary.iterdir()))
+    replace_folder(temporary, out)
+    return entries
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Rename the folder `new` to `place`, which loses its old content."""
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _optimizer_settings() -> dict[str, Any]:
+    return {
+        "name": "AdamW",
+        "betas": list(BETAS),
+        "weight_decay": WEIGHT_DECAY,
+        "max_norm": MAX_NORM,
+        "warm_up": WARM_UP,
+        "schedule": "cosine",
+    }
+
+
+def _curve(losses: list[float], points: int = 50) -> list[float]:
+    """Mean loss of at most `points` equal stretches of the run."""
+    edges = [round(i * len(losses) / points) for i in range(points + 1)]
+    stretches = (losses[a:b] for a, b in itertools.pairwise(edges) if b > a)
+    return [round(sum(part) / len(part), 4) for part in stretches]

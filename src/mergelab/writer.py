@@ -1,0 +1,224 @@
+"""Where output bytes go: tensors placed in shards, files preallocated, the result put in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoint import BITS, SINGLE, Tensor
+from mergelab.errors import UserError
+from mergelab.methods.base import Settings
+from mergelab.methods.sparsify import random_key
+
+RECORD = "merge.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One output tensor: `offset` bytes into `file`; `copied` ones keep the source's bits.
+
+    `experts` and `models` are in recipe order; `settings` holds their parameters."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: Tensor | None
+    experts: tuple[Tensor, ...]
+    models: tuple[str, ...]
+    settings: Settings
+    copied: bool
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes in the output."""
+        return self.size * np.dtype(BITS[self.dtype]).itemsize
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """Every tensor that is read."""
+        return (*([self.base] if self.base else []), *self.experts)
+
+    def keys(self, seed: int) -> tuple[int, ...]:
+        """One random key per expert, from seed, model name (without revision) and tensor name."""
+        return tuple(random_key(seed, m.partition("@")[0], self.name) for m in self.models)
+
+
+def lay_out(
+    tensors: list[Planned], shard_size: int
+) -> tuple[tuple[Planned, ...], dict[str, bytes]]:
+    """Give each tensor its shard and offset, in order of names, and make the shards' headers."""
+    shards: list[list[Planned]] = [[]]
+    room = shard_size
+    for tensor in tensors:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    placed: list[Planned] = []
+    headers: dict[str, bytes] = {}
+    for number, shard in enumerate(shards, start=1):
+        many = len(shards) > 1
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE
+        headers[file] = _header(shard)
+        offset = len(headers[file])
+        for tensor in shard:
+            placed.append(dataclasses.replace(tensor, file=file, offset=offset))
+            offset += tensor.nbytes
+    return tuple(placed), headers
+
+
+def _header(shard: list[Planned]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        span = [offset, offset + tensor.nbytes]
+        shape = list(tensor.shape)
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise UserError if the disk of `out` has less than `needed` bytes free."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{out}: the merge needs {needed / 1e9:,.3f} GB, but only {free / 1e9:,.3f} GB of disk "
+            "are free there. Free some space or choose another folder with -o."
+        )
+
+
+def check_target(out: Path) -> None:
+    """Raise UserError if `out` is something that a merge must not replace."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file. Choose a folder with -o.")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise UserError(
+            f"{out}: is not empty and holds no {RECORD}, so it is no earlier merge. "
+            "Choose another folder with -o, or delete it."
+        )
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` to write into; becomes `out` in one rename at the end.
+
+    A folder that a killed merge left is emptied first. Nothing named `out` exists or changes
+    before everything is on disk. Raises UserError if another process is writing there."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.partial")
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another merge is writing there. Wait for it.") from None
+        _clear(folder)
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _put_in_place(folder, out)
+    finally:
+        os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    for child in folder.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    sync(folder)
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(folder, out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def open_shards(
+    folder: Path, headers: Mapping[str, bytes], tensors: tuple[Planned, ...]
+) -> Iterator[dict[str, int]]:
+    """Preallocate every shard, write its header, and give file descriptors by file name.
+
+    On leaving without an error all are fsynced."""
+    handles: dict[str, int] = {}
+    try:
+        for file, header in headers.items():
+            size = len(header) + sum(t.nbytes for t in tensors if t.file == file)
+            handles[file] = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            with disk_full(folder):
+                os.posix_fallocate(handles[file], 0, size)
+            write_at(handles[file], header, 0)
+        yield handles
+        for handle in handles.values():
+            os.fsync(handle)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+
+
+@contextmanager
+def disk_full(folder: Path) -> Iterator[None]:
+    """Turn 'no space left' and 'quota exceeded' into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{folder.parent}: no space left on the disk; nothing was kept. "
+            "Free some space and run the same command again."
+        ) from None
+
+
+def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at an offset of an open file."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written

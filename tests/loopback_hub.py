@@ -1,0 +1,218 @@
+"""A Hugging Face hub on 127.0.0.1, for tests: commits, branches, LFS hashes, gates and faults.
+
+    with LoopbackHub() as hub:
+        commit = hub.publish("acme/tiny", folder)          # a new commit on main
+        ... HF_ENDPOINT=hub.url ...
+
+Serves what huggingface_hub asks for: model (and dataset) info, trees, and files by HEAD and GET
+with ranges. A repository named "datasets/org/name" is a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LFS = (".safetensors", ".bin", ".gguf", ".arrow", ".parquet")
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?\Z")
+RESOLVE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)\Z")
+RANGE = re.compile(r"bytes=(\d+)-(\d*)\Z")
+
+
+@dataclass
+class Repo:
+    """Commits (file name to bytes) and the branches that point at them."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+
+
+class LoopbackHub:
+    """The server, and the switches of its faults; `requests` lists "METHOD /path" as they came."""
+
+    token = "hf_" + "LoopbackSecret" * 2  # the only token that opens a gated repository
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[str] = []
+        self.status: int | None = None  # every answer has this status code
+        self.flipped: set[str] = set()  # files that arrive with their last byte changed
+        self.stalled: set[str] = set()  # files that stop half-way
+        self.hidden: set[str] = set()  # files that are listed but answer EntryNotFound
+        self.stopped = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        self._server.hub = self  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> LoopbackHub:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the port: from now on connections are refused."""
+        if not self.stopped.is_set():
+            self.stopped.set()
+            self._server.shutdown()
+            self._server.server_close()
+
+    def publish(
+        self,
+        repo: str,
+        files: Path | dict[str, bytes],
+        *,
+        branch: str = "main",
+        gated: bool = False,
+    ) -> str:
+        """Commit a folder's files (or names and bytes) to a branch; returns the commit."""
+        if isinstance(files, Path):
+            paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
+        known = self.repos.setdefault(repo, Repo())
+        digest = hashlib.sha1(f"{repo} {len(known.commits)}".encode())
+        for name, data in sorted(files.items()):
+            digest.update(f"\0{name}\0{_blob(data)}".encode())
+        commit = digest.hexdigest()
+        known.commits[commit] = dict(files)
+        known.branches[branch] = commit
+        known.gated = gated
+        return commit
+
+
+def _blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    """A file in both forms the API knows: siblings (blobId) and tree (oid)."""
+    entry: dict[str, Any] = {"size": len(data), "blobId": _blob(data), "oid": _blob(data)}
+    if name.endswith(LFS):
+        sha256 = hashlib.sha256(data).hexdigest()
+        pointer = (
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n"
+        ).encode()
+        entry["blobId"] = entry["oid"] = _blob(pointer)
+        size = {"size": len(data), "pointerSize": len(pointer)}
+        entry["lfs"] = {**size, "sha256": sha256, "oid": sha256}
+    return {**entry, "rfilename": name, "path": name, "type": "file"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def hub(self) -> LoopbackHub:
+        return self.server.hub  # type: ignore[attr-defined, no-any-return]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: tests read `requests`."""
+
+    def do_HEAD(self) -> None:
+        self._serve()
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def _serve(self) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append(f"{self.command} {path}")
+        if self.hub.status is not None:
+            self._refuse(self.hub.status, None)
+        elif match := API.match(path):
+            kind, name, what, revision = match.groups()
+            repo = name if kind == "models" else f"datasets/{name}"
+            self._info(repo, what, unquote(revision or "main"))
+        elif match := RESOLVE.match(path):
+            self._file(match[1], unquote(match[2]), unquote(match[3]))
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    def _commit(self, repo: str, revision: str) -> str | None:
+        """The commit of a revision; None after an error answer."""
+        known = self.hub.repos.get(repo)
+        if known is None:
+            self._refuse(404 if "authorization" in self.headers else 401, "RepoNotFound")
+            return None
+        commit = known.branches.get(revision, revision)
+        if commit not in known.commits:
+            self._refuse(404, "RevisionNotFound")
+            return None
+        return commit
+
+    def _info(self, repo: str, what: str | None, revision: str) -> None:
+        commit = self._commit(repo, revision)
+        if commit is None:
+            return
+        files = self.hub.repos[repo].commits[commit]
+        entries = [_entry(name, data) for name, data in files.items()]
+        answer: Any = entries if what == "tree" else {"id": repo, "sha": commit}
+        if what != "tree":
+            answer["siblings"] = entries
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def _file(self, repo: str, revision: str, name: str) -> None:
+        commit = self._commit(repo, revision)
+        if commit is None:
+            return
+        known = self.hub.repos[repo]
+        given = self.headers.get("authorization")
+        if known.gated and given != f"Bearer {self.hub.token}":
+            self._refuse(403 if given else 401, "GatedRepo")
+            return
+        data = known.commits[commit].get(name)
+        if data is None or name in self.hub.hidden:
+            self._refuse(404, "EntryNotFound")
+            return
+        entry = _entry(name, data)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
+        if "lfs" in entry:
+            headers["X-Linked-Etag"] = f'"{entry["lfs"]["sha256"]}"'
+            headers["X-Linked-Size"] = str(len(data))
+        self._bytes(name, data, headers)
+
+    def _bytes(self, name: str, data: bytes, headers: dict[str, str]) -> None:
+        if name in self.hub.flipped:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        start, status = 0, 200
+        if match := RANGE.match(self.headers.get("Range", "")):
+            start, stop = int(match[1]), int(match[2] or len(data) - 1) + 1
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            data, status = data[start:stop], 206
+        if name in self.hub.stalled and self.command == "GET":
+            self._answer(
+                status, {**headers, "Content-Length": str(len(data))}, data[: len(data) // 2]
+            )
+            self.wfile.flush()
+            self.hub.stopped.wait(60)
+            self.close_connection = True
+            return
+        self._answer(status, headers, data)
+
+    def _refuse(self, status: int, code: str | None) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": f"<server text {code}>"} if code else {}
+        self._answer(status, headers, b'{"error": "server text"}')
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)

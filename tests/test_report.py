@@ -1,0 +1,510 @@
+"""The report: what it says, what it may not say, and that it is one safe, reproducible file."""
+
+import csv
+import hashlib
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergelab import figures, headlines, lineage, report, statistics
+from mergelab.headlines import decimals, listed, signed, small
+from mergelab.study import Study, load_study
+
+STUDY = """
+title: Does merging help two tiny specialists?
+about: A base, a math and a medical expert, and four merges of the two.
+datasets:
+  gsm8k: {path: data, files: [gsm8k.jsonl], text: "{{question}}", parts: {leaked: 60, fresh: 120}}
+  pubmed: {path: data, files: [pubmed.jsonl], text: "{{text}}", parts: {fresh: 120}}
+models:
+  base: {train: {architecture: {hidden_size: 96}, data: [{part: pubmed/fresh}], epochs: 1, learning_rate: 1.0e-3}}
+  math: {train: {start: base, data: [{part: gsm8k/leaked, copies: 2}], epochs: 1, learning_rate: 1.0e-3}}
+  medical: {train: {start: base, data: [{part: pubmed/fresh}], epochs: 1, learning_rate: 1.0e-3}}
+suite:
+  - {name: math_nll, task: text_nll, data: gsm8k/fresh}
+  - {name: medical_nll, task: text_nll, data: pubmed/fresh}
+  - {name: arc_easy, task: arc_easy}
+contamination:
+  - benchmark: gsm8k
+    base: base
+    suspects: gsm8k/leaked
+    controls: gsm8k/fresh
+    detectors: [base_loss, wbc]
+    planted: [math]
+"""  # noqa: E501
+
+RECIPES = {
+    "linear": """models:
+  - {model: math, parameters: {weight: 0.5}}
+  - {model: medical, parameters: {weight: 0.5}}
+merge_method: linear
+dtype: float32
+""",
+    "slerp": """models:
+  - model: math
+  - model: medical
+merge_method: slerp
+base_model: math
+parameters: {t: 0.4}
+dtype: float32
+""",
+    "ties": """models:
+  - {model: math, parameters: {weight: 0.5, density: 0.4}}
+  - {model: medical, parameters: {weight: 0.5, density: 0.4}}
+merge_method: ties
+base_model: base
+parameters: {normalize: true}
+dtype: float32
+""",
+    "dare_ties": """models:
+  - {model: math, parameters: {weight: 0.5, density: 0.5}}
+  - {model: medical, parameters: {weight: 0.5, density: 0.5}}
+merge_method: dare_ties
+base_model: base
+dtype: float32
+""",
+}
+
+# nats per byte added to an item's own difficulty: math_nll, medical_nll; skill on arc_easy; trace
+EFFECTS = {
+    "base": (0.0, 0.0, 0.30, 0.0),
+    "math": (-0.10, 0.15, 0.34, 0.35),
+    "medical": (0.15, -0.10, 0.33, 0.0),
+    "linear": (-0.04, -0.04, 0.36, 0.22),
+    "slerp": (-0.041, -0.039, 0.35, 0.22),
+    "ties": (0.02, -0.01, 0.31, 0.18),
+    "dare_ties": (0.002, 0.0, 0.32, 0.20),
+}
+
+
+def write_lines(path: Path, values: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def sample(benchmark: str, i: int, metrics: dict) -> dict:
+    return {
+        "id": f"{benchmark}-{i}",
+        "doc_hash": f"d{i}",
+        "prompt_hash": f"p{i}",
+        "target_hash": f"t{i}",
+        "resps": [],
+        "metrics": metrics,
+    }
+
+
+def write_scores(results: Path, variant: str, effect: tuple[float, ...], tasks: dict) -> None:
+    """Per-item records and their summary, as `mergelab evaluate` leaves them."""
+    noise = np.random.default_rng(sum(map(ord, variant)))
+    summary = {}
+    for k, (name, task) in enumerate(tasks.items()):
+        items = np.random.default_rng(k)
+        records = []
+        for i in range(120):
+            if task == "text_nll":
+                size = int(items.integers(150, 400))
+                nats = 1.4 + 0.15 * items.normal() + effect[k] + 0.02 * noise.normal()
+                metrics = {"nll": nats * size, "bytes": size, "words": size // 5}
+            else:
+                metrics = {"acc": float(items.uniform() + 0.05 * noise.normal() < effect[k])}
+            records.append(sample(name, i, metrics))
+        write_lines(results / "scores" / variant / f"{name}.jsonl", records)
+        top = np.array([r["metrics"].get("nll", r["metrics"].get("acc", 0)) for r in records])
+        bottom = np.array([r["metrics"].get("bytes", 1) for r in records])
+        top = top / math.log(2) if task == "text_nll" else top
+        summary[name] = {
+            "metric": "bits_per_byte" if task == "text_nll" else "acc",
+            "value": float(top.sum() / bottom.sum()),
+            "ci95": list(statistics.bootstrap_ratio(top, bottom)),
+            "n": 120,
+            "higher_is_better": task != "text_nll",
+            "chance": None if task == "text_nll" else 0.25,
+            "num_fewshot": 0,
+            "task": task,
+            "task_hash": hashlib.sha256(task.encode()).hexdigest(),
+        }
+    whole = {"benchmarks": summary, "lm_eval": "0.4.13", "dtype": "float32"}
+    (results / "scores" / f"{variant}.json").write_text(json.dumps(whole))
+
+
+def write_findings(results: Path, variant: str, trace: float) -> None:
+    """Findings of two detectors, as `mergelab detect` leaves them."""
+    random = np.random.default_rng(7 + sum(map(ord, variant)))
+    findings = []
+    for detector, scale in (("base_loss", 1.0), ("wbc", 0.8)):
+        suspects = random.normal(trace * scale, 0.15, 60)
+        controls = random.normal(0, 0.15, 120)
+        auc, low, high = statistics.auc(suspects, controls)
+        findings.append(
+            {
+                "benchmark": "gsm8k",
+                "detector": detector,
+                "variant": variant,
+                "base": "base",
+                "null_hypothesis": "Suspects and controls are exchangeable.",
+                "blind_spots": "Blind where the base saw the items.",
+                "statistic": "Mean of log p(model) - log p(base), nats per token.",
+                "n_suspects": 60,
+                "n_controls": 120,
+                "auc": auc,
+                "auc_ci95": [low, high],
+                "p": statistics.mann_whitney(suspects, controls),
+                "tpr_at_5_fpr": statistics.tpr_at_fpr(suspects, controls),
+                "item_scores": {"suspects": suspects.tolist(), "controls": controls.tolist()},
+            }
+        )
+    path = results / "findings" / f"{variant}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(findings))
+
+
+def write_merge(study: Study, results: Path, name: str) -> None:
+    """A merge's record and the record of its evaluation."""
+    text = (study.folder / f"{name}.yaml").read_text()
+    weights = hashlib.sha256(name.encode()).hexdigest()
+    model = {"name": "model.safetensors", "sha256": weights, "bytes": 1000}
+    record = {
+        "recipe": {
+            "path": f"{name}.yaml",
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "text": text,
+        },
+        "method": {"name": text.split("merge_method: ")[1].split()[0], "version": 1},
+        "parameters": {},
+        "inputs": [
+            {
+                "model": parent,
+                "source": f"results/demo/models/{parent}",
+                "files": [
+                    {
+                        "name": "model.safetensors",
+                        "sha256": hashlib.sha256(parent.encode()).hexdigest(),
+                        "bytes": 1000,
+                    }
+                ],
+            }
+            for parent in ("math", "medical")
+        ],
+        "outputs": {"files": [model], "tensors": {"lm_head.weight": weights}},
+        "packages": {"torch": "2.13.0", "numpy": "2.4.6"},
+        "machine": {"cpu": "A CPU", "python": "3.11.2"},
+        "seconds": 1.5,
+    }
+    path = results / "merged" / name / "merge.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def make_results(folder: Path, effects: dict | None = None) -> tuple[Study, Path]:
+    """A whole study with plausible results, in the formats of the other verbs."""
+    effects = EFFECTS | (effects or {})
+    recipes = folder / "recipes" / "demo"
+    recipes.mkdir(parents=True)
+    (recipes / "study.yaml").write_text(STUDY)
+    for name, text in RECIPES.items():
+        (recipes / f"{name}.yaml").write_text(text)
+    study, results = load_study(recipes), folder / "results" / "demo"
+    for variant in study.variants:
+        write_scores(results, variant, effects[variant], {b.name: b.task for b in study.suite})
+        if variant != "base":
+            write_findings(results, variant, effects[variant][3])
+        path = results / "records" / f"evaluate-{variant}.0123456789ab.json"
+        path.parent.mkdir(exist_ok=True)
+        sha256 = hashlib.sha256(variant.encode()).hexdigest()
+        path.write_text(json.dumps({"inputs": {"model": {"model.safetensors": sha256}}}))
+    for name in RECIPES:
+        write_merge(study, results, name)
+    return study, results
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    study, results = make_results(tmp_path_factory.mktemp("demo"))
+    report.write(study, results)
+    return study, results
+
+
+@pytest.fixture(scope="module")
+def page(demo: tuple[Study, Path]) -> str:
+    return (demo[1] / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(demo: tuple[Study, Path]) -> dict:
+    return json.loads((demo[1] / "report.json").read_text(encoding="utf-8"))
+
+
+class Outline(HTMLParser):
+    """Tags, ids and attributes of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def test_page_loads_nothing_and_runs_nothing(page: str) -> None:
+    outline = Outline(page)
+    assert "://" not in page
+    assert not {"script", "link", "img", "iframe", "object", "base"} & set(outline.tags)
+    links = [v for name, v in outline.attributes if name in ("src", "href", "xlink:href")]
+    assert links
+    assert all(link and link.startswith("#") for link in links)
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    assert "@import" not in page
+    assert len(page.encode()) < 1_000_000
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(page: str) -> None:
+    attributes = Outline(page).attributes
+    ids = [value for name, value in attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    wanted = {value.removeprefix("#") for name, value in attributes if name == "href" and value}
+    wanted |= set(re.findall(r"url\(#([^)]+)\)", page))
+    assert wanted <= set(ids)
+
+
+def test_second_run_writes_the_same_bytes(demo: tuple[Study, Path]) -> None:
+    study, results = demo
+    names = ("report.html", "report.json", "metrics.json", "plots/scores.csv")
+    before = {name: (results / name).read_bytes() for name in names}
+    record = report.write(study, results)
+    assert {name: (results / name).read_bytes() for name in names} == before
+    listed = {entry["name"]: entry["sha256"] for entry in record["outputs"]}
+    assert listed["report.html"] == hashlib.sha256(before["report.html"]).hexdigest()
+
+
+def test_headline_names_the_merge_that_beats_the_base_everywhere(data: dict) -> None:
+    first = data["headlines"][0]
+    assert first.startswith("linear beats base on all three benchmarks: math_nll bits per byte")
+    assert "95 % CI \N{MINUS SIGN}" in first
+    assert "ties" not in first
+
+
+def test_headline_turns_when_the_data_turn(tmp_path: Path) -> None:
+    worse = dict.fromkeys(RECIPES, (0.05, 0.05, 0.31, 0.0))
+    study, results = make_results(tmp_path, worse)
+    sentences = report.gather(study, results)["headlines"]
+    assert sentences[0].startswith("No merge beats base on all three benchmarks.")
+    assert "linear is worse on math_nll and medical_nll" in sentences[0]
+    assert "Missed: dare_ties, linear, slerp and ties." in sentences[-1]
+
+
+def test_headline_claims_nothing_when_nothing_is_settled(data: dict) -> None:
+    changed = json.loads(json.dumps(data))
+    for bench in changed["benchmarks"]:
+        for row in bench["rows"]:
+            for other in ("vs_base", "vs_parent"):
+                if row[other]:
+                    row[other]["verdict"] = "unsettled"
+    first, second, *_ = headlines.headlines(changed)
+    assert first.startswith("No merge can be told apart from base on any benchmark")
+    assert second.startswith("No merge beats the best of its parents on any benchmark: in 0 of 12")
+
+
+def test_flags_follow_q_over_all_findings(data: dict) -> None:
+    rows = [row for d in data["checks"][0]["detectors"] for row in d["rows"]]
+    q = statistics.benjamini_hochberg([row["p"] for row in rows])
+    assert [row["q"] for row in rows] == pytest.approx(list(q))
+    assert {row["variant"] for row in rows if not row["flagged"]} == {"medical"}
+    assert "medical (AUC 0.51 to 0.53); that does not prove it clean" in data["headlines"][2]
+
+
+def test_only_a_best_value_that_is_settled_is_bold(data: dict, page: str) -> None:
+    best = {bench["name"]: bench["best"] for bench in data["benchmarks"]}
+    assert best["math_nll"] == ["math"]
+    assert len(best["arc_easy"]) > 1
+    assert page.count("(bold) is better than every other variant") == 2
+    assert len(re.findall(r"<strong>[0-9.]+</strong>", page)) == 2
+
+
+def test_hostile_names_and_texts_are_escaped(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    evil = "<script>alert(1)<x>"
+    recipe = RECIPES["linear"].replace("model: math", f"model: '{evil}'") + "# $x$ </pre>\n"
+    (study.folder / f"{evil}.yaml").write_text(recipe)
+    study = replace(load_study(study.folder), title=evil, about='"><img src=x onerror=y>')
+    shutil.copy(results / "scores/linear.json", results / f"scores/{evil}.json")
+    path = results / "findings" / "math.json"
+    path.write_text(path.read_text().replace("nats per token", "<script>nats"))
+    report.write(study, results)
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "script" not in Outline(page).tags
+    assert "&lt;script&gt;alert(1)&lt;x&gt;" in page
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    (results / "scores" / "ties.json").unlink()
+    (results / "findings" / "slerp.json").unlink()
+    (results / "merged" / "linear" / "merge.json").unlink()
+    (results / "scores" / "math" / "arc_easy.jsonl").unlink()
+    report.write(study, results)
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "ties: no scores. Run: mergelab evaluate recipes/demo ties" in page
+    assert "slerp: not examined. Run: mergelab detect recipes/demo slerp" in page
+    assert "linear: no record of the merge" in page
+    assert "arc_easy: math has no per-sample records" in page
+    assert "not measured" in page
+    assert "math_nll" not in json.loads((results / "metrics.json").read_text())["ties"]
+
+
+def test_a_study_without_any_results_gives_a_page(tmp_path: Path) -> None:
+    study, _ = make_results(tmp_path)
+    report.write(study, tmp_path / "empty")
+    page = (tmp_path / "empty" / "report.html").read_text(encoding="utf-8")
+    assert "Nothing has been measured yet." in page
+    assert page.count("no scores. Run:") == 7
+
+
+def test_other_prompts_are_reported_and_never_compared(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    path = results / "scores" / "linear" / "math_nll.jsonl"
+    path.write_text(path.read_text().replace('"prompt_hash": "p7"', '"prompt_hash": "other"'))
+    data = report.gather(study, results)
+    assert "math_nll: the variants saw different items or prompts." in data["warnings"]
+    rows = {row["variant"]: row for row in data["benchmarks"][0]["rows"]}
+    assert rows["linear"]["vs_base"] is None
+    assert rows["slerp"]["vs_base"] is not None
+
+
+def test_stale_results_are_named(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    (study.folder / "ties.yaml").write_text(RECIPES["ties"].replace("0.4", "0.3"))
+    path = next((results / "records").glob("evaluate-slerp.*.json"))
+    path.write_text(json.dumps({"inputs": {"model": {"model.safetensors": "0" * 64}}}))
+    assert report.gather(load_study(study.folder), results)["warnings"] == [
+        "slerp: its scores are of other weights. Evaluate it again.",
+        "ties: its recipe changed after it was merged. Merge it again.",
+    ]
+
+
+def test_metrics_and_plots_hold_the_measured_numbers(demo: tuple[Study, Path]) -> None:
+    _, results = demo
+    metrics = json.loads((results / "metrics.json").read_text())
+    summary = json.loads((results / "scores" / "slerp.json").read_text())["benchmarks"]
+    findings = json.loads((results / "findings" / "slerp.json").read_text())
+    assert metrics["slerp"]["math_nll"] == summary["math_nll"]["value"]
+    assert metrics["slerp"]["auc"]["gsm8k"]["wbc"] == findings[1]["auc"]
+    assert "auc" not in metrics["base"]
+    with (results / "plots" / "scores.csv").open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    assert len(scores) == 7 * 3
+    assert [r["variant"] for r in scores[:3]] == ["base", "math", "medical"]
+    with (results / "plots" / "contamination.csv").open(newline="") as file:
+        aucs = {(r["variant"], r["detector"]): float(r["value"]) for r in csv.DictReader(file)}
+    assert len(aucs) == 6 * 2
+    assert aucs["slerp", "wbc"] == findings[1]["auc"]
+
+
+def test_difference_to_the_base_is_the_one_of_the_summaries(data: dict) -> None:
+    rows = {row["variant"]: row for row in data["benchmarks"][0]["rows"]}
+    by_hand = rows["linear"]["value"] - rows["base"]["value"]
+    assert rows["linear"]["vs_base"]["difference"] == pytest.approx(by_hand)
+    assert rows["linear"]["vs_parent"]["parent"] == "math"
+
+
+def test_recipe_diff_keeps_every_line_of_both(data: dict) -> None:
+    recipes = {recipe["name"]: recipe for recipe in data["recipes"]}
+    reference = recipes["ties"]["reference"]
+    lines = recipes["ties"]["diff"]
+    ours = [line["text"] for line in lines if line["sign"] in " +"]
+    theirs = [line["text"] for line in lines if line["sign"] in " -"]
+    assert ours == RECIPES["ties"].splitlines()
+    assert theirs == RECIPES[reference].splitlines()
+
+
+def edges_of(study: Study, recipe: str) -> dict[str, tuple[str, float, bool]]:
+    graph = lineage.graph(study, {"merge": recipe})
+    return {
+        edge.parent: (edge.kind, round(edge.weight, 6), edge.exact)
+        for edge in graph.edges
+        if edge.child == "merge"
+    }
+
+
+def test_effective_weights_by_hand(demo: tuple[Study, Path]) -> None:
+    study = demo[0]
+    linear = RECIPES["linear"].replace("{weight: 0.5}}", "{weight: 1.5}}", 1)
+    assert edges_of(study, linear) == {
+        "math": ("merge", 0.75, True),
+        "medical": ("merge", 0.25, True),
+    }
+    assert edges_of(study, RECIPES["slerp"])["math"] == ("merge", 0.6, True)
+    assert edges_of(study, RECIPES["slerp"])["medical"] == ("merge", 0.4, True)
+    assert edges_of(study, RECIPES["ties"]) == {
+        "math": ("merge", 0.2, True),
+        "medical": ("merge", 0.2, True),
+        "base": ("base", 1.0, True),
+    }
+    assert edges_of(study, RECIPES["dare_ties"])["math"] == ("merge", 0.25, True)
+
+
+def test_a_gradient_counts_by_its_mean_and_layers_by_their_share(demo: tuple[Study, Path]) -> None:
+    study = demo[0]
+    gradient = RECIPES["slerp"].replace(
+        "{t: 0.4}", "{t: [{filter: mlp, value: [0, 1]}, {value: 0.3}]}"
+    )
+    assert edges_of(study, gradient)["medical"] == ("merge", 0.4, False)
+    stacked = """slices:
+  - sources: [{model: math, layer_range: [0, 6]}]
+  - sources: [{model: medical, layer_range: [4, 6]}]
+merge_method: passthrough
+"""
+    assert edges_of(study, stacked) == {
+        "math": ("merge", 0.75, True),
+        "medical": ("merge", 0.25, True),
+    }
+
+
+def test_taint_is_the_strongest_way_from_a_planted_model(demo: tuple[Study, Path]) -> None:
+    study = demo[0]
+    twice = RECIPES["linear"].replace("model: medical", "model: 'recipe:ties'")
+    graph = lineage.graph(study, {"ties": RECIPES["ties"], "twice": twice})
+    taint = lineage.taint(graph, {"gsm8k": ("math",)})
+    assert taint["math"] == {"gsm8k": 1.0}
+    assert taint["ties"]["gsm8k"] == pytest.approx(0.2)
+    assert taint["twice"]["gsm8k"] == pytest.approx(0.5)
+    assert taint["medical"] == {}
+    from_base = lineage.taint(graph, {"gsm8k": ("base",)})
+    assert from_base["medical"] == {"gsm8k": 1.0}
+    assert from_base["ties"] == {"gsm8k": 1.0}
+
+
+def test_a_model_outside_the_study_is_a_node(demo: tuple[Study, Path]) -> None:
+    recipe = RECIPES["linear"].replace("model: medical", "model: org/stranger")
+    graph = lineage.graph(demo[0], {"merge": recipe})
+    assert [n.kind for n in graph.nodes if n.name == "org/stranger"] == ["outside"]
+    assert graph.parents("merge") == ("math", "org/stranger")
+
+
+def test_figures_treat_dollar_signs_as_text() -> None:
+    dot = figures.Dot("a$x$b", "base", 1.0, 0.9, 1.1, False)
+    svg = figures.score_panel([dot], title="t", axis="$y$ & <z>", higher=True, chance=None)
+    assert ">a$x$b</text>" in svg
+    assert "$y$ &amp; &lt;z&gt; · better →" in svg
+
+
+def test_numbers_read_well() -> None:
+    assert small(3.21e-30, up=True) == "3.3e-30"
+    assert small(0.0404) == "0.040"
+    assert signed(-0.0004, 3) == "0.000"
+    assert signed(-0.5, 2) == "\N{MINUS SIGN}0.50"
+    assert decimals(0.1, 0.9) == 2
+    assert decimals(1.9301, 1.9342) == 4
+    assert listed(["a", "b", "c"]) == "a, b and c"
