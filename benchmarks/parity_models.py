@@ -32,7 +32,7 @@ class Size:
     layers: int
 
 
-QUICK = Size(1500, 192, 320, 2)  # the embedding spans two of our blocks (262,144 elements)
+QUICK = Size(1400, 192, 256, 3)  # the embedding spans two of our blocks (262,144 elements)
 FULL = Size(5600, 192, 512, 4)  # and two chunks of the peer's slerp (1,048,576 elements)
 
 
@@ -90,7 +90,7 @@ def values(family: str, seed: int, model: int, index: int, shape: tuple[int, ...
 def write_models(
     folder: Path, architecture: str, family: str, seed: int, size: Size, heads: tuple[bool, ...]
 ) -> dict[str, dict[str, Array]]:
-    """Write base, a, b, c below `folder` and give their bits; `heads[m]`: does model m store one?"""
+    """Write base, a, b, c below `folder` and give their bits; `heads`: which store an lm_head."""
     found: dict[str, dict[str, Array]] = {}
     for model, (name, head) in enumerate(zip(NAMES, heads, strict=True)):
         tensors: dict[str, Array] = {}

@@ -2,7 +2,7 @@
 
 Legend: N experts, S elements of one flat tensor; `terms` are the numbers whose sum is the result.
 Discrete decisions (which entries TIES keeps, which sign wins) are taken in float32, as both tools
-take them; the values that follow are float64."""
+take them; the values that follow are float64, with weights as the recipe's decimals."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Truth:
     """The right result of one tensor: `value` (S) and `scale` (S), both float64.
 
     scale: the largest magnitude among the result and the terms that are summed to it; one ulp is
-    the float32 spacing there. `undecided` (S): entries where TIES must choose among equal
-    magnitudes at its cut; `choices`: the (value, scale) of those entries for every choice."""
+    the float32 spacing there. `undecided`: indices of entries where TIES must choose among equal
+    magnitudes at its cut; `choices`: what float32 arithmetic gives there for every choice."""
 
     value: Array
     scale: Array
     undecided: Array | None = None
-    choices: tuple[tuple[Array, Array], ...] = ()
+    choices: tuple[Array, ...] = ()
 
     @property
     def ulp(self) -> Array:
@@ -93,17 +93,15 @@ def ties(
         keep, tied = trim(expert - base, density)
         kept.append(keep)
         equal.append(tied)
-    truth = elect(base, experts, weights, kept, normalize, scale)
-    undecided = np.any(equal, axis=0)
-    at = np.flatnonzero(undecided)
+    truth = added(elect(base, experts, weights, kept, normalize, scale, np.float64))
+    at = np.flatnonzero(np.any(equal, axis=0))
     few = [x[at] for x in experts]
     choices = []
     for pick in itertools.product((False, True), repeat=len(experts)):
         pairs = zip(kept, equal, pick, strict=True)
         keeps = [np.where(e[at], p, k[at]) for k, e, p in pairs]
-        choice = elect(base[at], few, weights, keeps, normalize, scale)
-        choices.append((choice.value, choice.scale))
-    return Truth(truth.value, truth.scale, undecided, tuple(choices))
+        choices.append(sum(elect(base[at], few, weights, keeps, normalize, scale, np.float32)))
+    return Truth(truth.value, truth.scale, at, tuple(choices))
 
 
 def trim(delta: Array, density: float) -> tuple[Array, Array]:
@@ -131,21 +129,26 @@ def elect(
     kept: list[Array],
     normalize: bool,
     scale: float,
-) -> Truth:
-    """Elect signs by the weighted sum (0 elects plus), add the entries that agree."""
-    votes = np.zeros(base.shape, np.float32)
-    trimmed = []
-    for expert, weight, keep in zip(experts, weights, kept, strict=True):
-        delta = np.where(keep, expert - base, np.float32(0))
-        trimmed.append(delta)
+    kind: type[np.floating[Any]],
+) -> list[Array]:
+    """Elect signs by the weighted sum (0 elects plus); base and the merged task vector (S each).
+
+    In float64 the entries that agree are separate terms; in float32 they are summed first."""
+    deltas = [np.where(k, x - base, np.float32(0)) for x, k in zip(experts, kept, strict=True)]
+    signs = [np.sign(d * np.float32(w)) for d, w in zip(deltas, weights, strict=True)]
+    votes = np.zeros_like(base)
+    for delta, weight in zip(deltas, weights, strict=True):
         votes += delta * np.float32(weight)
-    sign = np.where(votes >= 0, 1, -1)
-    agree = [np.sign(d * np.float32(w)) == sign for d, w in zip(trimmed, weights, strict=True)]
-    share = np.sum([w * a for w, a in zip(weights, agree, strict=True)], axis=0)
-    share = np.where(np.any(agree, axis=0) & (share != 0), share, 1) if normalize else 1.0
-    wide = base.astype(float)
-    terms = [wide]
-    for expert, weight, keep, agrees in zip(experts, weights, kept, agree, strict=True):
-        delta = np.where(keep & agrees, expert.astype(float) - wide, 0)
-        terms.append(scale * weight * delta / share)
-    return added(terms)
+    agree = [sign == np.where(votes >= 0, 1, -1) for sign in signs]
+    share = np.zeros(base.shape, kind)
+    for a, w in zip(agree, weights, strict=True):
+        share += np.where(a, kind(w), kind(0))
+    share = np.where((share != 0) & normalize, share, kind(1))
+    parts = [
+        np.where(a, d.astype(kind) * kind(w), kind(0))
+        for a, d, w in zip(agree, deltas, weights, strict=True)
+    ]
+    if kind is np.float64:
+        return [base.astype(float), *(scale * part / share for part in parts)]
+    merged = sum(parts[1:], start=parts[0]) / share
+    return [base, merged * kind(scale)]

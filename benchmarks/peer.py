@@ -1,18 +1,18 @@
 """mergekit 0.1.5, the peer, in a virtual environment of its own: made once, then reused.
 
-mergekit is LGPL and is only run, never imported by mergelab. `merge` hands a list of recipes to one
-process of the peer, which carries them out through its public `run_merge`."""
+mergekit is LGPL: it is run as a program, never imported. One process of the peer stays up and
+carries out merges, one after the other, through its public `run_merge`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,20 @@ import json, sys, torch, yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+out = sys.stdout
+sys.stdout = sys.stderr
 torch.set_num_threads(1)
 options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)
-for recipe, out in json.load(sys.stdin):
-    with open(recipe) as stream:
-        run_merge(MergeConfiguration.model_validate(yaml.safe_load(stream)), out, options)
 capability = torch.backends.cpu.get_cpu_capability()
-print(json.dumps({"torch": torch.__version__, "capability": capability}))
+out.write(json.dumps({"torch": torch.__version__, "capability": capability}) + "\\n")
+out.flush()
+for line in sys.stdin:
+    recipe, folder = json.loads(line)
+    with open(recipe) as stream:
+        config = MergeConfiguration.model_validate(yaml.safe_load(stream))
+    run_merge(config, folder, options)
+    out.write("done\\n")
+    out.flush()
 """
 
 
@@ -64,36 +71,47 @@ def environment(folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(PINS) + "\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--no-compile"]
     subprocess.run([*pip, "-c", str(constraints), f"mergekit=={MERGEKIT}"], check=True)
     (folder / DONE).write_text(json.dumps(wanted))
     return python
 
 
-def merge(
-    python: Path, jobs: Sequence[tuple[Path, Path]], **environ: str
-) -> Mapping[str, Any]:
-    """Carry out (recipe, output folder) pairs with the peer, one thread; its torch and CPU kernels.
+class Peer:
+    """A running process of mergekit; `facts` names its torch and the CPU kernels in use."""
 
-    `environ` is added to the environment, such as ATEN_CPU_CAPABILITY='default'. Raises
-    RuntimeError with the end of the peer's log if it fails."""
-    text = json.dumps([[str(recipe), str(out)] for recipe, out in jobs])
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        self.facts: dict[str, Any] = json.loads(self._answer())
+
+    def merge(self, recipe: Path, out: Path) -> None:
+        """Carry out one recipe. Raises RuntimeError with the end of its log if that fails."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([str(recipe), str(out)]) + "\n")
+        self.process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"mergekit failed:\n{self.log.read_text()[-3000:]}")
+        return line
+
+
+@contextmanager
+def started(python: Path, log: Path, **environ: str) -> Iterator[Peer]:
+    """Start the peer, one thread; `environ` such as ATEN_CPU_CAPABILITY='default' comes on top."""
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
-    settings = {**os.environ, **fixed, **environ}
-    run = subprocess.run(
-        [str(python), "-W", "ignore", "-c", DRIVER],
-        input=text,
-        env=settings,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if run.returncode:
-        raise RuntimeError(f"mergekit failed:\n{run.stderr[-3000:]}")
-    found: Mapping[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-def folder_key(text: str) -> str:
-    """A short name for scratch folders."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [str(python), "-W", "ignore", "-c", DRIVER],
+            env={**os.environ, **fixed, **environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+        yield Peer(process, log)

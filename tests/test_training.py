@@ -156,6 +156,7 @@ def test_training_replaces_an_older_model(tmp_path):
     names = {path.name for path in older.iterdir()}
     assert names == {entry["name"] for entry in record["outputs"]}
     assert [path.name for path in older.parent.iterdir()] == ["base"]
+    assert len({path.stat().st_mode for path in older.iterdir()}) == 1
 
 
 KILLED = """
@@ -178,7 +179,7 @@ def test_killed_training_leaves_no_model(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert first.startswith("Training base: 20 texts")
+    assert first.startswith("training base: 20 texts")
     assert process.returncode == -signal.SIGKILL
     assert not (results / "models/base").exists()
 
@@ -186,11 +187,11 @@ def test_killed_training_leaves_no_model(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("math", r"models/base: no model. Run first: mergelab train recipes/sums base"),
+        ("math", r"models/base does not exist. Run: mergelab train .*/recipes/sums base"),
         ("greedy", r"'sums/fresh' has 10 items, but skip 4 and items 7 were asked for"),
         ("broken", r"architecture: Llama cannot be built from it"),
         ("misspelt", r"Llama has no setting 'hiden_size'. Did you mean 'hidden_size'\?"),
-        ("fetched", r"model 'fetched' of study 'sums' is not trained, but fetched"),
+        ("fetched", r"model 'fetched' is fetched, not trained. Run: mergelab fetch"),
     ],
 )
 def test_mistakes_name_the_next_step(tmp_path, model, message):

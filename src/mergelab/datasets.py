@@ -95,8 +95,11 @@ def _items(study: Study, dataset: Dataset) -> Iterator[Item]:
         for line, doc in _documents(file, _read(study, dataset, file)):
             content = canonical(doc)
             name = f"{dataset.name}-{_sha256(content)[:ID_DIGITS]}"
-            if seen.setdefault(name, content) != content:
-                raise UserError(f"{file}:{line}: two items would share the id '{name}'.")
+            if name in seen:
+                if seen[name] != content:
+                    raise UserError(f"{file}:{line}: two items would share the id '{name}'.")
+                continue
+            seen[name] = content
             text = render(doc, f"{file}:{line} (item {name})")
             own = {"source_id": doc["id"]} if "id" in doc else {}
             yield doc | own | {"id": name, "text": text}

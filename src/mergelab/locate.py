@@ -45,8 +45,8 @@ def folder(name: str, recipe: Recipe, study: Study | None, results: Path) -> Pat
     if local.is_dir():
         return local
     if is_hub_id(name):
-        out = results / "models" / hub_folder(name)
         pinned = hub.resolve(name, recipe.path.parent / "lock.json")
+        out = results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
         hub.download(pinned, out)
         return out
     known = study.models if study else ()
@@ -65,11 +65,6 @@ def is_hub_id(name: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def hub_folder(hub_id: str) -> str:
-    """Folder name of a hub model: org--name."""
-    return hub_id.partition("@")[0].replace("/", "--")
 
 
 def hub_ids(recipes: Iterable[Path], study: Study | None) -> tuple[str, ...]:

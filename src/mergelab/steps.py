@@ -12,7 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelab import datasets, detectors, evidence, locate, models, report, scores, training
+from mergelab import (
+    datasets,
+    detectors,
+    evidence,
+    hub,
+    locate,
+    models,
+    report,
+    scores,
+    statistics,
+    training,
+)
 from mergelab.errors import Problems, UserError
 from mergelab.recipe import Recipe, load_recipe
 from mergelab.record import digest, file_sha256
@@ -100,7 +111,7 @@ class Steps:
         """What fixes the bytes of a model that is not trained."""
         model = self.study.models[name]
         if model.hub is not None:
-            return locate.hub.resolve(model.hub, self.study.lock).commit
+            return hub.resolve(model.hub, self.study.lock).commit
         if model.path is not None:
             folder = models.folder(self.study, name, Path())
             return models.fingerprint(folder) if folder.is_dir() else None
@@ -127,7 +138,7 @@ class Steps:
             elif Path(model).expanduser().is_dir():
                 content.append(models.fingerprint(Path(model).expanduser()))
             elif locate.is_hub_id(model):
-                content.append(locate.hub.resolve(model, self.study.lock).commit)
+                content.append(hub.resolve(model, self.study.lock).commit)
             else:
                 locate.folder(model, recipe, self.study, Path())  # raises: says what is wrong
         return self.add("merge", name, content, needs)
@@ -137,7 +148,7 @@ class Steps:
         study, made = self.study, self.variant(name)
         tasks = [[asdict(bench), _task_text(study, bench.task)] for bench in study.suite]
         used = [self.part(bench.data) for bench in study.suite if bench.data]
-        version = [scores.VERSION, importlib.metadata.version("lm-eval")]
+        version = [scores.VERSION, statistics.VERSION, importlib.metadata.version("lm-eval")]
         if study.suite:
             self.add("evaluate", name, [tasks, version], [made, *used])
         if not study.contamination:
@@ -151,7 +162,9 @@ class Steps:
             if ("probe", base) not in self.all:
                 self.measure(base)
             needs.append(("probe", base))
-        self.add("detect", name, [checks, detectors.VERSION], needs)
+        known = [detectors.VERSION, statistics.VERSION]
+        known += [method.version for method in detectors.DETECTORS.values()]
+        self.add("detect", name, [checks, known], needs)
 
 
 def _load_all(paths: Iterable[Path]) -> dict[str, Recipe]:

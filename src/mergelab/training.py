@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelab import inference, models
 from mergelab.datasets import items
 from mergelab.errors import UserError, nearest
+from mergelab.folders import alone, move_into_place, partial_folder
 from mergelab.progress import bar, say
 from mergelab.record import digest, file_entries, packages
 from mergelab.study import Share, Study, Training
@@ -39,10 +39,13 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
     bytes. Raises UserError if a part has too few items or the start model is missing."""
     plan = study.models[model].train
     if plan is None:
-        raise UserError(f"model '{model}' of study '{study.name}' is not trained, but fetched.")
+        raise UserError(
+            f"{study.folder / 'study.yaml'}: model '{model}' is fetched, not trained. "
+            f"Run: mergelab fetch {study.folder} {model}"
+        )
     started = time.monotonic()
     examples = stream(plan, results)
-    with _deterministic(plan.seed):
+    with inference.quiet(offline=True), _deterministic(plan.seed):
         texts = [item["text"] for item in examples]
         network, tokenizer = _start(plan, texts, study, results)
         dtype = study.models[model].dtype or str(network.dtype).removeprefix("torch.")
@@ -124,15 +127,13 @@ def _start(plan: Training, texts: list[str], study: Study, results: Path) -> tup
     """The network and tokenizer that training begins with."""
     if plan.start is None:
         return _new_model(plan, texts)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder = results / "models" / plan.start
-    if not (folder / "config.json").is_file():
-        verb = "train" if study.models[plan.start].train else "fetch"
-        recipes = f"recipes/{study.name}"
-        raise UserError(f"{folder}: no model. Run first: mergelab {verb} {recipes} {plan.start}")
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    return network, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    folder = models.existing(study, plan.start, results)
+    network = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype="auto", local_files_only=True, use_safetensors=True
+    )
+    return network, inference.load_tokenizer(folder)
 
 
 def _new_model(plan: Training, texts: list[str]) -> tuple[Any, Any]:
@@ -195,7 +196,7 @@ def _loop(
     generator = torch.Generator().manual_seed(plan.seed)
     lengths = [len(sequence) for sequence in sequences]
     cuts = list(batches(lengths, size=plan.batch_size, epochs=plan.epochs, generator=generator))
-    say(f"Training {name}: {len(sequences):,} texts, {len(cuts):,} steps")
+    say(f"training {name}: {len(sequences):,} texts, {len(cuts):,} steps")
     losses = []
     with bar(f"train {name}", total=len(cuts)) as progress:
         for step, cut in enumerate(cuts):
@@ -231,24 +232,18 @@ def _save(network: Any, tokenizer: Any, dtype: str, out: Path) -> list[dict[str,
     """Save into a temporary folder beside `out`, then rename it; the files' sizes and hashes."""
     import torch
 
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    network.to(getattr(torch, dtype)).eval().save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    entries = file_entries(temporary, (path.name for path in temporary.iterdir()))
-    replace_folder(temporary, out)
+    with alone(out):
+        partial = partial_folder(out, "trained")
+        for left in partial.iterdir():
+            left.unlink()
+        network.to(getattr(torch, dtype)).eval().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        mode = (partial / "config.json").stat().st_mode
+        for path in partial.iterdir():
+            path.chmod(mode)  # safetensors makes its files readable by their owner only
+        entries = file_entries(partial, [path.name for path in partial.iterdir()])
+        move_into_place(partial, out)
     return entries
-
-
-def replace_folder(new: Path, place: Path) -> None:
-    """Rename the folder `new` to `place`, which loses its old content."""
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _optimizer_settings() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from mergelab.errors import UserError, nearest
+from mergelab.folders import alone
 from mergelab.progress import say
 from mergelab.record import file_sha256
 from mergelab.study import Wheel
@@ -30,23 +31,28 @@ def default_cache() -> Path:
 def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
     """The wheel's file in the cache, downloaded by pip unless its sha256 is there already.
 
-    Several processes may fetch the same wheel at once. Raises UserError if pip cannot get it or
-    gets a file with another sha256."""
+    Of several processes that want the same wheel, one fetches it. Raises UserError if pip cannot
+    get it, or gets a file with another sha256."""
     cache = default_cache() if cache is None else cache
     place = cache / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:12]}.whl"
-    if place.is_file() and file_sha256(place) == wheel.sha256:
+    if _is_whole(place, wheel):
         return place
-    say(f"Fetching {wheel.requirement} from PyPI ...")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
-            os.replace(_download(wheel, Path(folder)), place)
+        with alone(place):
+            if not _is_whole(place, wheel):
+                say(f"fetching {wheel.requirement} with pip")
+                with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
+                    os.replace(_download(wheel, Path(folder)), place)
     except OSError as error:
         raise UserError(
             f"{cache}: cannot keep {wheel.requirement} here: {error}\n"
             "  Free some space, or set XDG_CACHE_HOME to a folder that can be written."
         ) from None
     return place
+
+
+def _is_whole(place: Path, wheel: Wheel) -> bool:
+    return place.is_file() and file_sha256(place) == wheel.sha256
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

@@ -1,0 +1,114 @@
+"""Snakemake from start to end on tiny models, with the repository's own Snakefile and rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+ROOT = Path(__file__).parents[1]
+STUDY = """\
+title: A tiny study
+datasets:
+  sums:
+    path: items
+    files: [sums.jsonl]
+    text: "Question: {{question}} Answer: {{answer}}"
+    parts: {suspects: 8, controls: 12}
+models:
+  base: {path: ../../base}
+suite:
+  - {name: sums_nll, task: text_nll, data: sums/controls}
+contamination:
+  - {benchmark: sums, base: base, suspects: sums/suspects, controls: sums/controls,
+     detectors: [base_loss], planted: []}
+"""
+RECIPE = """\
+merge_method: linear
+models:
+  - {model: base, parameters: {weight: 0.5}}
+"""
+
+
+def snakemake(place: Path, *arguments: str) -> str:
+    """Run Snakemake in a project folder; its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments, "--config", "study=tiny"],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def planned(place: Path) -> set[str]:
+    """The jobs that a dry run would do, by the names of their logs."""
+    text = snakemake(place, "-n", "--quiet", "host")
+    logs = [line.split("/")[-1] for line in text.splitlines() if line.strip().startswith("log:")]
+    return {log.split(".")[0] for log in logs}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project folder: the repository's pipeline, a tiny model, one study."""
+    for name in ("Snakefile", "workflow", "profiles"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    tiny_model(tmp_path / "base")
+    study = tmp_path / "recipes/tiny"
+    (study / "items").mkdir(parents=True)
+    rows = [{"question": f"{i} + {i * 7}?", "answer": str(i * 8)} for i in range(20)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (study / "items/sums.jsonl").write_text(lines)
+    (study / "study.yaml").write_text(STUDY)
+    for name in ("one", "two"):
+        (study / f"{name}.yaml").write_text(RECIPE + f"# {name}\n")
+    return tmp_path
+
+
+def test_a_study_runs_to_its_report_and_only_changes_are_done_again(project: Path) -> None:
+    results = project / "results/tiny"
+    assert len(planned(project)) == 14
+    snakemake(project)
+    assert (results / "report.html").stat().st_size > 10_000
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert {"base", "one", "two"} <= set(metrics)
+    assert planned(project) == set()
+
+    os.utime(project / "recipes/tiny/one.yaml")  # a newer time alone changes nothing
+    assert planned(project) == set()
+
+    recipe = project / "recipes/tiny/one.yaml"
+    recipe.write_text(recipe.read_text().replace("weight: 0.5", "weight: 0.25", 1))
+    chain = {f"{verb}-one" for verb in ("merge", "evaluate", "probe", "detect")}
+    assert planned(project) == chain | {"report-tiny"}
+
+    before = (results / "merged/two/merge.json").stat().st_mtime_ns
+    snakemake(project, "--until", "merge")
+    record = json.loads((results / "merged/one/merge.json").read_text())
+    assert "weight: 0.25" in record["recipe"]["text"]
+    assert (results / "merged/two/merge.json").stat().st_mtime_ns == before
+    assert planned(project) == chain - {"merge-one"} | {"report-tiny"}
+
+
+def test_a_mistake_in_a_recipe_stops_the_run_before_anything_starts(project: Path) -> None:
+    recipe = project / "recipes/tiny/two.yaml"
+    recipe.write_text(recipe.read_text().replace("weight:", "wieght:"))
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--config", "study=tiny"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "two.yaml:3: linear has no parameter 'wieght'. Did you mean 'weight'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / "results").exists()

@@ -1,0 +1,16 @@
+rule data:
+    """Fetch one dataset and cut it into disjoint parts."""
+    input:
+        needs("data"),
+    output:
+        target("data"),
+    log:
+        log_of("data"),
+    benchmark:
+        benchmark_of("data")
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    shell:
+        "{MERGELAB} data {STUDY} {wildcards.name} --record {output} 2> {log}"

@@ -1,0 +1,34 @@
+rule probe:
+    """Token log-probabilities of one variant on every checked item, stored."""
+    input:
+        needs("probe"),
+    output:
+        target("probe"),
+    log:
+        log_of("probe"),
+    benchmark:
+        benchmark_of("probe")
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    shell:
+        "{MERGELAB} probe {STUDY} {wildcards.name} --record {output} 2> {log}"
+
+
+rule detect:
+    """Compare a variant's evidence with its base's."""
+    input:
+        needs("detect"),
+    output:
+        target("detect"),
+    log:
+        log_of("detect"),
+    benchmark:
+        benchmark_of("detect")
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    shell:
+        "{MERGELAB} detect {STUDY} {wildcards.name} --record {output} 2> {log}"

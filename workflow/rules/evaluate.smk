@@ -1,0 +1,16 @@
+rule evaluate:
+    """Score one variant on the study's suite, through lm-eval."""
+    input:
+        needs("evaluate"),
+    output:
+        target("evaluate"),
+    log:
+        log_of("evaluate"),
+    benchmark:
+        benchmark_of("evaluate")
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=600,
+    shell:
+        "{MERGELAB} evaluate {STUDY} {wildcards.name} --record {output} 2> {log}"

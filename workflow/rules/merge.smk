@@ -1,0 +1,16 @@
+rule merge:
+    """Merge models as a recipe says."""
+    input:
+        needs("merge"),
+    output:
+        target("merge"),
+    log:
+        log_of("merge"),
+    benchmark:
+        benchmark_of("merge")
+    threads: 2
+    resources:
+        mem_mb=1000,
+        runtime=120,
+    shell:
+        "{MERGELAB} merge {STUDY}/{wildcards.name}.yaml -o {RESULTS}/merged/{wildcards.name} --workers {threads} --record {output} 2> {log}"

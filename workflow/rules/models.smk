@@ -1,0 +1,34 @@
+rule fetch:
+    """Bring a model here: a pinned hub commit, verified, or a GGUF file, dequantised."""
+    input:
+        needs("fetch"),
+    output:
+        target("fetch"),
+    log:
+        log_of("fetch"),
+    benchmark:
+        benchmark_of("fetch")
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    shell:
+        "{MERGELAB} fetch {STUDY} {wildcards.name} --record {output} 2> {log}"
+
+
+rule train:
+    """Train a model of the study, from scratch or from another one."""
+    input:
+        needs("train"),
+    output:
+        target("train"),
+    log:
+        log_of("train"),
+    benchmark:
+        benchmark_of("train")
+    threads: 1
+    resources:
+        mem_mb=6000,
+        runtime=600,
+    shell:
+        "{MERGELAB} train {STUDY} {wildcards.name} --record {output} 2> {log}"

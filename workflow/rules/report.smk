@@ -1,0 +1,16 @@
+rule report:
+    """The page, the metrics and the plots of the study."""
+    input:
+        needs("report"),
+    output:
+        target("report"),
+    log:
+        log_of("report"),
+    benchmark:
+        benchmark_of("report")
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    shell:
+        "{MERGELAB} report {STUDY} --record {output} 2> {log}"
