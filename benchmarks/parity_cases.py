@@ -45,6 +45,19 @@ def recipe(
     return "\n".join(lines) + "\n"
 
 
+def slices(method: str, expert: str, shared: str) -> str:
+    """A `slices` recipe of layers 0, 1 of a, then layer 1 of b, each with base."""
+    lines = [f"merge_method: {method}", "dtype: float32", "base_model: 'FOLDER/base'"]
+    lines += [f"parameters: {{{shared}}}", "slices:"]
+    for name, span in (("a", "[0, 2]"), ("b", "[1, 2]")):
+        for model, own in (("base", ""), (name, expert)):
+            first = "- sources:\n" if model == "base" else ""
+            parameters = f", parameters: {{{own}}}" if own else ""
+            source = f"model: 'FOLDER/{model}', layer_range: {span}{parameters}"
+            lines += [f"{first}  - {{{source}}}"]
+    return "\n".join(lines) + "\n"
+
+
 def weighted(weights: dict[str, object], more: str = "") -> dict[str, str]:
     """Per-model parameters: a weight each, and what all share."""
     return {name: f"weight: {w}{more}" for name, w in weights.items()}
@@ -55,6 +68,8 @@ def _linear() -> list[Case]:
     negative = {"a": 1.1, "b": 0.4, "c": -0.5}
     off = "normalize: false"
     mixed = (False, True, False, True)
+    heads = "[{filter: lm_head, value: 0.9}, {value: 0.4}]"
+    by_head = {"a": 0.3, "b": heads, "c": heads}
     return [
         Case("linear", "fine-tuned", recipe("linear", weighted({**WEIGHTS}))),
         Case("linear, sum 2.2", "fine-tuned", recipe("linear", weighted({**LOOSE}))),
@@ -64,6 +79,8 @@ def _linear() -> list[Case]:
         Case("linear, gradients, filters", "drifted", recipe("linear", weighted(gradients))),
         Case("linear, lm_head in two of three", "drifted", recipe("linear", weighted({**LOOSE})),
              heads=mixed),
+        Case("linear, filter on lm_head, tied in one", "drifted",
+             recipe("linear", weighted(by_head)), heads=mixed),
     ]  # fmt: skip
 
 
@@ -76,8 +93,10 @@ def _slerp() -> list[Case]:
         Case("slerp, t 0.3", "drifted", text("0.3")),
         Case("slerp, t 0.7", "unrelated", text("0.7")),
         Case("slerp, gradient t", "drifted", text(GRADIENT), heads=(True, True, True, True)),
+        Case("slerp, slices, gradient t", "unrelated",
+             slices("slerp", "", "t: [{filter: mlp, value: [0.2, 0.6]}, {value: 0.5}]")),
         Case("slerp, t 0.5", "opposed", text("0.5")),
-    ]
+    ]  # fmt: skip
 
 
 def _task_arithmetic() -> list[Case]:
@@ -93,6 +112,10 @@ def _task_arithmetic() -> list[Case]:
              text({**LOOSE}, "normalize: true, lambda: 1.5")),
         Case("task_arithmetic, gradients, filters", "drifted",
              text({"a": BY_LAYER, "b": GRADIENT}), heads=(True, True, True, True)),
+        Case("task_arithmetic, slices, gradients, filters", "fine-tuned",
+             slices("task_arithmetic",
+                    "weight: [{filter: layers.1, value: [0.3, 0.9]}, {value: 0.5}]",
+                    "lambda: [{filter: layers.2, value: 0.7}, {value: [1, 2]}]")),
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from parity_cases import Case
 from parity_models import widen
 from parity_truth import Truth
 
-from mergelab.checkpoint import open_checkpoint
+from mergelab.checkpoint import Tensor, open_checkpoint
 from mergelab.plan import Plan
 from mergelab.writer import Planned
 
@@ -40,18 +40,19 @@ class Job:
         """Folder of a tool's result."""
         return self.recipe.with_suffix(f".{tool}")
 
-    def stored(self, model: str, name: str) -> Array:
-        """A model's tensor as float32 (S); a missing lm_head is the embedding."""
-        tensors = self.bits[Path(model).name]
-        return widen(tensors.get(name, tensors["model.embed_tokens.weight"])).ravel()
+    def stored(self, model: str, tensor: Tensor) -> Array:
+        """A model's tensor as float32 (S), from the bits that were drawn."""
+        return widen(self.bits[Path(model).name][tensor.name]).ravel()
 
-    def base(self, name: str) -> Array:
-        """The base's tensor as float32 (S)."""
-        return self.stored("base", name)
+    def base(self, tensor: Planned) -> Array:
+        """The base's part in an output tensor, as float32 (S)."""
+        assert tensor.base is not None
+        return self.stored("base", tensor.base)
 
     def experts(self, tensor: Planned) -> list[Array]:
-        """The experts' tensors as float32 (S each)."""
-        return [self.stored(model, tensor.name) for model in tensor.models]
+        """The experts' parts in an output tensor, as float32 (S each)."""
+        pairs = zip(tensor.models, tensor.experts, strict=True)
+        return [self.stored(model, source) for model, source in pairs]
 
 
 @dataclass
@@ -100,11 +101,11 @@ def truth(job: Job, tensor: Planned) -> Truth:
     """The right result of a tensor."""
     settings, experts = tensor.settings, job.experts(tensor)
     if job.case.method == "slerp":
-        return parity_truth.slerp(job.base(tensor.name), experts[0], settings.shared["t"])
+        return parity_truth.slerp(job.base(tensor), experts[0], settings.shared["t"])
     weights, normalize = settings.each("weight"), settings.shared["normalize"]
     if job.case.method == "linear":
         return parity_truth.linear(experts, weights, normalize)
-    base, scale = job.base(tensor.name), settings.shared["lambda"]
+    base, scale = job.base(tensor), settings.shared["lambda"]
     if job.case.method == "task_arithmetic":
         return parity_truth.task_arithmetic(base, experts, weights, normalize, scale)
     densities = settings.each("density")
@@ -145,7 +146,7 @@ def imitated(job: Job, tensor: Planned, theirs: Array) -> Array | None:
     """The method once more, rounded where the peer rounds (S, float32); None for TIES."""
     experts = job.experts(tensor)
     if job.case.method == "slerp":
-        return with_its_factors(job.base(tensor.name), experts[0], theirs)
+        return with_its_factors(job.base(tensor), experts[0], theirs)
     if job.case.method == "ties":
         return None
     weights = np.array(tensor.settings.each("weight"), np.float32)
@@ -154,7 +155,7 @@ def imitated(job: Job, tensor: Planned, theirs: Array) -> Array | None:
         share = np.add.accumulate(weights)[-1]
     if job.case.method == "linear":
         return fused(experts, weights) / share
-    base = job.base(tensor.name)
+    base = job.base(tensor)
     merged = np.zeros_like(base)
     for x, w in zip(experts, weights, strict=True):
         merged += (x - base) * w

@@ -33,7 +33,7 @@ class Size:
 
 
 QUICK = Size(1400, 192, 256, 3)  # the embedding spans two of our blocks (262,144 elements)
-FULL = Size(5600, 192, 512, 4)  # and two chunks of the peer's slerp (1,048,576 elements)
+FULL = Size(5600, 192, 512, 3)  # and two chunks of the peer's slerp (1,048,576 elements)
 
 
 def shapes(architecture: str, size: Size, *, head: bool) -> dict[str, tuple[int, ...]]:

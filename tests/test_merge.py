@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ import numpy as np
 import pytest
 from checkpoints import decode, llama, llama_tensors, read_model, write_model
 from conftest import Run
+
+from mergelab.folders import alone
 
 RECIPES = {
     "linear": ("linear", "weight: [0.2, 0.8]", "", True),
@@ -222,7 +223,7 @@ def test_kill_leaves_nothing_that_looks_finished_and_a_rerun_completes(
     assert mergelab("merge", "recipes/ties.yaml", "-o", "reference").returncode == 0
     want = json.loads((tmp_path / "reference/merge.json").read_text())["outputs"]["tensors"]
     command = [sys.executable, "-m", "mergelab.cli", "merge", "recipes/ties.yaml", "-o", "out"]
-    partial, killed = tmp_path / ".out.partial", 0
+    partial, killed = tmp_path / ".out.merge.partial", 0
     for wait in (0.0, 0.02, 0.05, 0.1, 0.15):
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
         while not (partial / "model.safetensors").exists() and process.poll() is None:
@@ -241,18 +242,17 @@ def test_kill_leaves_nothing_that_looks_finished_and_a_rerun_completes(
     assert json.loads((tmp_path / "out/merge.json").read_text())["outputs"]["tensors"] == want
 
 
-def test_two_merges_into_one_folder_are_refused(mergelab: Run, tmp_path: Path) -> None:
+def test_a_second_merge_into_one_folder_waits_for_the_first(tmp_path: Path) -> None:
     write_models(tmp_path)
     write_recipes(tmp_path / "recipes", Path("."))
-    (tmp_path / ".out.partial").mkdir()
-    handle = os.open(tmp_path / ".out.partial", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        done = mergelab("merge", "recipes/linear.yaml", "-o", "out")
-    finally:
-        os.close(handle)
-    assert done.returncode == 2
-    assert "another merge is writing there" in done.stderr
+    command = [sys.executable, "-m", "mergelab.cli", "merge", "recipes/linear.yaml", "-o", "out"]
+    with alone(tmp_path / "out"):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        assert not (tmp_path / "out").exists()
+    assert process.wait(60) == 0
+    assert (tmp_path / "out/merge.json").is_file()
 
 
 def test_a_folder_that_is_no_merge_is_never_replaced(mergelab: Run, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_overflow_is_an_error_that_names_the_tensor(mergelab: Run, tmp_path: Pat
     assert done.returncode == 2
     assert "merged entries are infinite or not a number" in done.stderr
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / ".out.merge.partial").exists()
 
 
 def test_a_head_that_only_one_model_stores_is_merged_and_untied(

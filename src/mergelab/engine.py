@@ -18,10 +18,19 @@ import numpy as np
 
 from mergelab.checkpoint import INDEX, Tensor, count_not_finite, from_float
 from mergelab.errors import UserError
+from mergelab.folders import alone, building
 from mergelab.methods.base import BLOCK, Array, Block, Method, Stats, Sums
 from mergelab.plan import Plan
 from mergelab.progress import Bar, bar, say
-from mergelab.record import canonical, file_entries, file_sha256, machine, packages
+from mergelab.record import (
+    canonical,
+    file_entries,
+    file_sha256,
+    machine,
+    packages,
+    write_bytes,
+    write_json,
+)
 from mergelab.writer import (
     RECORD,
     Planned,
@@ -29,7 +38,6 @@ from mergelab.writer import (
     check_target,
     disk_full,
     open_shards,
-    staging,
     write_at,
 )
 
@@ -42,28 +50,34 @@ def merge(plan: Plan, out: Path, *, workers: int = 1, seed: int = 0) -> dict[str
     check_target(out)
     if not out.exists():
         check_space(out, plan.bytes_out)
-    started = time.monotonic()
     inputs = _inputs(plan, workers)
     identity = {"inputs": inputs, "seed": seed, **_recipe(plan)}
-    finished = _finished(out, identity, plan)
-    if finished:
-        say(f"{out}: is up to date")
-        return finished
-    check_space(out, plan.bytes_out)
-    with staging(out) as folder, disk_full(folder):
-        hashes = _write_weights(plan, folder, workers, seed)
-        _write_small_files(plan, folder)
-        names = [path.name for path in folder.iterdir()]
-        record = {
-            **identity,
-            "outputs": {"files": file_entries(folder, names), "tensors": hashes},
-            "warnings": list(plan.warnings),
-            "packages": packages(),
-            "machine": machine(),
-            "workers": workers,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    with alone(out):
+        record = _finished(out, identity, plan)
+        if record:
+            say(f"{out}: is up to date")
+            return record
+        check_space(out, plan.bytes_out)
+        with building(out, "merge") as folder, disk_full(out):
+            return _build(plan, folder, identity, workers)
+
+
+def _build(plan: Plan, folder: Path, identity: dict[str, Any], workers: int) -> dict[str, Any]:
+    """Write the whole model into `folder`, its record last."""
+    started = time.monotonic()
+    hashes = _write_weights(plan, folder, workers, identity["seed"])
+    _write_small_files(plan, folder)
+    names = [path.name for path in folder.iterdir()]
+    record = {
+        **identity,
+        "outputs": {"files": file_entries(folder, names), "tensors": hashes},
+        "warnings": list(plan.warnings),
+        "packages": packages(),
+        "machine": machine(),
+        "workers": workers,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_json(folder / RECORD, record)
     return record
 
 
@@ -125,11 +139,10 @@ def _write_weights(plan: Plan, folder: Path, workers: int, seed: int) -> dict[st
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
     if plan.index:
-        (folder / INDEX).write_text(json.dumps(plan.index, indent=2, sort_keys=True) + "\n")
+        write_json(folder / INDEX, plan.index)
     for name in plan.donor.tokenizer_files:
-        (folder / name).write_bytes((plan.donor.folder / name).read_bytes())
-    config = json.dumps(plan.config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(config + "\n")
+        write_bytes(folder / name, (plan.donor.folder / name).read_bytes())
+    write_json(folder / "config.json", plan.config)
 
 
 class _TensorMerge:

@@ -52,11 +52,38 @@ def partial_folder(out: Path, key: str) -> Path:
     return partial
 
 
+@contextmanager
+def building(out: Path, key: str) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its place at the end; gone after an error.
+
+    What a killed process left is emptied first. To be used inside `alone`."""
+    partial = partial_folder(out, key)
+    shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    move_into_place(partial, out)
+
+
 def move_into_place(partial: Path, out: Path) -> None:
     """Rename the finished folder to `out`, in place of what was there."""
+    sync(partial)
     old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     partial.rename(out)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

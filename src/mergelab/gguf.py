@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import UserError
-from mergelab.folders import alone, move_into_place, partial_folder
+from mergelab.folders import alone, building
 from mergelab.progress import say
 from mergelab.record import file_entries, file_sha256, packages, write_json
 
@@ -37,11 +37,10 @@ def dequantise(file: Path, sha256: str, out: Path, dtype: str | None = None) -> 
     with alone(out):
         if not _is_made_from(source, out):
             check_pinned(file, sha256)
-            partial = partial_folder(out, f"{sha256[:12]}-{source['dtype']}")
             say(f"unpacking {file.name} to {out} as {source['dtype']}")
-            _convert(file, partial, str(source["dtype"]))
-            write_json(partial / SOURCE, source)
-            move_into_place(partial, out)
+            with building(out, "gguf") as folder:
+                _convert(file, folder, str(source["dtype"]))
+                write_json(folder / SOURCE, source)
     names = [path.name for path in out.iterdir() if path.name != SOURCE]
     return {**source, "files": file_entries(out, names)}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab import inference, models
 from mergelab.datasets import items
 from mergelab.errors import UserError, nearest
-from mergelab.folders import alone, move_into_place, partial_folder
+from mergelab.folders import alone, building
 from mergelab.progress import bar, say
 from mergelab.record import digest, file_entries, packages
 from mergelab.study import Share, Study, Training
@@ -232,18 +232,13 @@ def _save(network: Any, tokenizer: Any, dtype: str, out: Path) -> list[dict[str,
     """Save into a temporary folder beside `out`, then rename it; the files' sizes and hashes."""
     import torch
 
-    with alone(out):
-        partial = partial_folder(out, "trained")
-        for left in partial.iterdir():
-            left.unlink()
-        network.to(getattr(torch, dtype)).eval().save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        mode = (partial / "config.json").stat().st_mode
-        for path in partial.iterdir():
+    with alone(out), building(out, "trained") as folder:
+        network.to(getattr(torch, dtype)).eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        mode = (folder / "config.json").stat().st_mode
+        for path in folder.iterdir():
             path.chmod(mode)  # safetensors makes its files readable by their owner only
-        entries = file_entries(partial, [path.name for path in partial.iterdir()])
-        move_into_place(partial, out)
-    return entries
+        return file_entries(folder, [path.name for path in folder.iterdir()])
 
 
 def _optimizer_settings() -> dict[str, Any]:

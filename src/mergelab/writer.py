@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -115,6 +114,8 @@ def check_space(out: Path, needed: int) -> None:
 
 def check_target(out: Path) -> None:
     """Raise UserError if `out` is something that a merge must not replace."""
+    if out.name in ("", ".."):
+        raise UserError(f"{out}: write the folder's own name after -o.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file. Choose a folder with -o.")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
@@ -122,61 +123,6 @@ def check_target(out: Path) -> None:
             f"{out}: is not empty and holds no {RECORD}, so it is no earlier merge. "
             "Choose another folder with -o, or delete it."
         )
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` to write into; becomes `out` in one rename at the end.
-
-    A folder that a killed merge left is emptied first. Nothing named `out` exists or changes
-    before everything is on disk. Raises UserError if another process is writing there."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.partial")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another merge is writing there. Wait for it.") from None
-        _clear(folder)
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        _put_in_place(folder, out)
-    finally:
-        os.close(lock)
-
-
-def _clear(folder: Path) -> None:
-    for child in folder.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
-
-
-def _put_in_place(folder: Path, out: Path) -> None:
-    sync(folder)
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(folder, out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -191,8 +137,7 @@ def open_shards(
         for file, header in headers.items():
             size = len(header) + sum(t.nbytes for t in tensors if t.file == file)
             handles[file] = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            with disk_full(folder):
-                os.posix_fallocate(handles[file], 0, size)
+            os.posix_fallocate(handles[file], 0, size)
             write_at(handles[file], header, 0)
         yield handles
         for handle in handles.values():
@@ -203,7 +148,7 @@ def open_shards(
 
 
 @contextmanager
-def disk_full(folder: Path) -> Iterator[None]:
+def disk_full(out: Path) -> Iterator[None]:
     """Turn 'no space left' and 'quota exceeded' into a UserError."""
     try:
         yield
@@ -211,7 +156,7 @@ def disk_full(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"{folder.parent}: no space left on the disk; nothing was kept. "
+            f"{out}: no space left on the disk; nothing was kept. "
             "Free some space and run the same command again."
         ) from None
 
