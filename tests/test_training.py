@@ -138,6 +138,10 @@ def test_a_fine_tune_keeps_the_tokenizer_and_its_own_dtype(tmp_path):
     study = prepared(tmp_path)
     records = {model: run(study, model, tmp_path) for model in ("base", "math", "half")}
     by_file = {m: {e["name"]: e["sha256"] for e in r["outputs"]} for m, r in records.items()}
+    assert (
+        records["math"]["inputs"]["start"]["model.safetensors"]
+        == (by_file["base"]["model.safetensors"])
+    )
     assert by_file["base"]["tokenizer.json"] == by_file["math"]["tokenizer.json"]
     assert by_file["base"]["model.safetensors"] != by_file["math"]["model.safetensors"]
     for model, dtype in (("math", "F32"), ("half", "BF16")):

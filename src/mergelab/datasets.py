@@ -51,7 +51,7 @@ def prepare(study: Study, out: Path) -> dict[str, Any]:
     return {
         "datasets": summary,
         "outputs": file_entries(out, names),
-        "versions": packages(),
+        "versions": {"datasets": VERSION, "packages": packages()},
         "seconds": round(time.monotonic() - started, 3),
     }
 

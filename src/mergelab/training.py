@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab import inference, models
+from mergelab.checkpoint import open_checkpoint
 from mergelab.datasets import items
 from mergelab.errors import UserError, nearest
 from mergelab.folders import alone, building
@@ -44,6 +45,7 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
             f"Run: mergelab fetch {study.folder} {model}"
         )
     started = time.monotonic()
+    start = _hashes(plan, study, results)
     examples = stream(plan, results)
     with inference.quiet(offline=True), _deterministic(plan.seed):
         texts = [item["text"] for item in examples]
@@ -53,15 +55,15 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
         losses = _loop(network, sequences, plan, bfloat16=dtype == "bfloat16", name=model)
         outputs = _save(network, tokenizer, dtype, out)
     return {
+        "inputs": {"start": start, "texts": digest([item["id"] for item in examples])},
         "settings": asdict(plan) | {"dtype": dtype, "optimizer": _optimizer_settings()},
         "parameters": sum(p.numel() for p in network.parameters()),
         "texts": len(examples),
-        "texts_sha256": digest([item["id"] for item in examples]),
         "tokens_per_epoch": sum(len(sequence) - 1 for sequence in sequences),
         "steps": len(losses),
         "losses": _curve(losses),
         "outputs": outputs,
-        "versions": packages(),
+        "versions": {"training": VERSION, "packages": packages()},
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -121,6 +123,14 @@ def _deterministic(seed: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
+
+
+def _hashes(plan: Training, study: Study, results: Path) -> dict[str, str] | None:
+    """sha256 of the start model's files, or None for a model from scratch."""
+    if plan.start is None:
+        return None
+    folder = models.existing(study, plan.start, results)
+    return inference.model_hashes(open_checkpoint(folder, plan.start))
 
 
 def _start(plan: Training, texts: list[str], study: Study, results: Path) -> tuple[Any, Any]:
