@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 PACKAGES = ("mergelab", "numpy", "torch", "transformers", "safetensors", "lm-eval", "datasets")
 CHUNK = 1 << 22
+KEYED = re.compile(r"(.+)\.[0-9a-f]{12}\.json")
 
 
 def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
@@ -70,12 +72,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_record(path: Path, value: Any) -> None:
-    """Write a keyed record NAME.KEY.json and remove the records of NAME under older keys."""
+    """Write a record; one named NAME.<12-hex key>.json replaces those of NAME under other keys."""
     write_json(path, value)
-    name = path.name.removesuffix(".json").rpartition(".")[0]
-    for old in path.parent.glob("*.json"):
-        if old != path and old.name.removesuffix(".json").rpartition(".")[0] == name:
-            old.unlink(missing_ok=True)
+    keyed = KEYED.fullmatch(path.name)
+    for other in path.parent.iterdir() if keyed else ():
+        match = KEYED.fullmatch(other.name)
+        if keyed and match and match[1] == keyed[1] and other != path:
+            other.unlink(missing_ok=True)
 
 
 def packages() -> dict[str, str]:

@@ -45,8 +45,8 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
             f"Run: mergelab fetch {study.folder} {model}"
         )
     started = time.monotonic()
-    start = _hashes(plan, study, results)
     examples = stream(plan, results)
+    start = _hashes(plan, study, results)
     with inference.quiet(offline=True), _deterministic(plan.seed):
         texts = [item["text"] for item in examples]
         network, tokenizer = _start(plan, texts, study, results)
