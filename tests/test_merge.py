@@ -27,11 +27,11 @@ RECIPES = {
     "dare_ties": ("dare_ties", "weight: 0.4, density: 0.6", "", True),
 }
 GOLDEN = {
-    "linear v1": "5bdb70005f376c1aa0ab622fa2c718ee1b127493142fad6e8e194ae58eb9b5e3",
+    "linear v2": "d51f6b0f7035474a4878a9c3130d6dafa944aa052ba3648266cc2bef5db96b82",
     "slerp v1": "dcfa68a5c073a98814939aa0fc153d21400712b70d7c63d17f957262ac5064d9",
-    "task_arithmetic v1": "26735bd0296c108a0a1262802854cb9a6165f211cd2447aa82059a16f3e20bc2",
+    "task_arithmetic v2": "26735bd0296c108a0a1262802854cb9a6165f211cd2447aa82059a16f3e20bc2",
     "ties v1": "42a4efeb0901c02121feb72705b9db3ac2f87b366f244b17a647fcf41663d3c5",
-    "dare_linear v1": "52315c5df9c92fcf0c2f4015fa6cc1aa311f44ffaf504e1b8b53ad2798046dc8",
+    "dare_linear v2": "52315c5df9c92fcf0c2f4015fa6cc1aa311f44ffaf504e1b8b53ad2798046dc8",
     "dare_ties v1": "184d296976d1dcb647ab89d4e1d3e6b8d57bc27bc9249ae38d4d52ab0609853b",
     "passthrough v1": "aacba512bbf70ce4e4cd129a4572bea00172d4dc56c55265d4a793de6a1731ba",
 }
@@ -311,6 +311,37 @@ def test_a_head_that_only_one_model_stores_is_merged_and_untied(
         read_model(tmp_path / "out")["lm_head.weight"], (a + head - base).ravel(), atol=1e-5
     )
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_stack_that_ends_in_a_tied_model_gets_its_embedding_as_head(
+    mergelab: Run, tmp_path: Path
+) -> None:
+    head = np.random.default_rng(9).standard_normal((48, 16))
+    write_model(tmp_path / "x", llama_tensors(0) | {"lm_head.weight": head}, "F32")
+    write_model(tmp_path / "y", llama_tensors(1), "F32")
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: passthrough\nslices:\n"
+        "- sources: [{model: x, layer_range: [0, 2]}]\n"
+        "- sources: [{model: y, layer_range: [1, 2]}]\n"
+    )
+    assert mergelab("merge", "r.yaml", "-o", "out").returncode == 0
+    want = read_model(tmp_path / "y")["model.embed_tokens.weight"]
+    assert np.array_equal(read_model(tmp_path / "out")["lm_head.weight"], want)
+
+
+def test_filters_match_the_head_even_where_it_is_tied(mergelab: Run, tmp_path: Path) -> None:
+    head = np.random.default_rng(9).standard_normal((48, 16))
+    write_model(tmp_path / "x", llama_tensors(0) | {"lm_head.weight": head}, "F32")
+    write_model(tmp_path / "y", llama_tensors(1), "F32")
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: linear\nparameters: {normalize: false}\nmodels:\n"
+        "- {model: x, parameters: {weight: 0}}\n"
+        "- {model: y, parameters: {weight: [{filter: lm_head, value: 1}, {value: 0.5}]}}\n"
+    )
+    assert mergelab("merge", "r.yaml", "-o", "out").returncode == 0
+    got, embedding = read_model(tmp_path / "out"), llama_tensors(1)["model.embed_tokens.weight"]
+    np.testing.assert_allclose(got["lm_head.weight"], embedding.ravel(), atol=1e-6)
+    np.testing.assert_allclose(got["model.embed_tokens.weight"], 0.5 * embedding.ravel(), atol=1e-6)
 
 
 def test_output_dtype_is_out_dtype_then_dtype_then_the_widest_input(

@@ -69,6 +69,24 @@ def test_linear_without_normalize_is_the_weighted_sum(tmp_path: Path) -> None:
     assert np.abs(got - want).max() <= 2 * ULP * np.abs(want).max()
 
 
+def test_linear_does_not_round_its_products(tmp_path: Path) -> None:
+    """The product 2^-24 (1 - 2^-26) rounds the sum down; rounded itself, it would make a tie."""
+    a, b, weight = np.array([1 + ULP]), np.array([1 + 2.0**-13]), 2.0**-24 * (1 - 2.0**-13)
+    text = recipe("linear", {"a": "weight: 1", "b": f"weight: {weight!r}"}, base=None)
+    text += "parameters: {normalize: false}\n"
+    assert merge(tmp_path, text, {"a": a, "b": b}) == 1 + ULP
+    rounded = np.float32(a[0]) + np.float32(b[0]) * np.float32(weight)
+    assert rounded == 1 + 2 * ULP
+
+
+def test_float64_output_is_computed_in_float64(tmp_path: Path) -> None:
+    models = three(100)
+    text = recipe("linear", WEIGHTS, base=None).replace("float32", "float64")
+    got = merge(tmp_path, text, {k: models[k] for k in "ab"})
+    want = (0.75 * models["a"].astype(float) + 0.5 * models["b"]) / 1.25
+    np.testing.assert_allclose(got, want, rtol=1e-15)
+
+
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 1.0])
 def test_slerp_on_unit_vectors_follows_the_great_circle(tmp_path: Path, t: float) -> None:
     angle = math.radians(70)
@@ -109,6 +127,18 @@ def test_task_arithmetic_adds_weighted_task_vectors(tmp_path: Path) -> None:
     )
     base, a, b = (models[k].astype(float) for k in ("base", "a", "b"))
     want = base + 0.5 * (0.75 * (a - base) - 0.5 * (b - base))
+    np.testing.assert_allclose(merge(tmp_path, text, models), want, atol=4 * ULP)
+
+
+def test_weights_that_cancel_do_not_divide(tmp_path: Path) -> None:
+    models = three()
+    text = recipe(
+        "task_arithmetic",
+        {"a": "weight: 0.3", "b": "weight: -0.3"},
+        extra="parameters: {normalize: true}\n",
+    )
+    base, a, b = (models[k].astype(float) for k in ("base", "a", "b"))
+    want = base + 0.3 * (a - base) - 0.3 * (b - base)
     np.testing.assert_allclose(merge(tmp_path, text, models), want, atol=4 * ULP)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import HIDDEN, llama, llama_tensors, write_model
+from checkpoints import HIDDEN, llama, llama_tensors, read_model, write_model
 from conftest import Run
 
 from mergelab.errors import UserError
@@ -277,6 +277,17 @@ def test_weights_that_sum_to_zero_are_refused(mergelab: Run, models: Path) -> No
     done = mergelab("merge", "r.yaml", "-o", "out")
     assert done.returncode == 2
     assert "sum to 0, which cannot be normalized" in done.stderr
+
+
+def test_an_unlisted_base_of_linear_gives_its_config_only(mergelab: Run, models: Path) -> None:
+    write_model(models / "base", llama_tensors(0), rms_norm_eps=0.125)
+    (models / "r.yaml").write_text(
+        "merge_method: linear\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    )
+    assert mergelab("merge", "r.yaml", "-o", "out").returncode == 0
+    assert json.loads((models / "out/config.json").read_text())["rms_norm_eps"] == 0.125
+    got, want = read_model(models / "out"), read_model(models / "a")
+    assert all(np.array_equal(got[name], want[name]) for name in want)
 
 
 def test_gradient_is_interpolated_over_the_layers() -> None:

@@ -151,7 +151,7 @@ class _TensorMerge:
     def __init__(self, method: Method, tensor: Planned, seed: int) -> None:
         self.method, self.tensor = method, tensor
         self.keys = tensor.keys(seed) if method.random else ()
-        wide = any(source.dtype == "F64" for source in tensor.sources)
+        wide = "F64" in {tensor.dtype, *(source.dtype for source in tensor.sources)}
         self.work = "<f8" if wide else "<f4"
 
     def write(self, handle: int, progress: Bar) -> str:

@@ -205,6 +205,7 @@ class _Planner:
         self, name: str, slice: Slice, sources: list[tuple[Source, str]], at: float
     ) -> Planned | None:
         found: list[tuple[Source, Tensor]] = []
+        asked = {source.model: wanted for source, wanted in sources}
         for source, wanted in sources:
             tensor = self.find(self.checkpoints[source.model], wanted)
             if tensor is None:
@@ -220,7 +221,7 @@ class _Planner:
         is_base = [needed and source.model == self.recipe.base for source, _ in found]
         base = next((t for (_, t), b in zip(found, is_base, strict=True) if b), None)
         experts = [pair for pair, b in zip(found, is_base, strict=True) if not b]
-        settings = self.settings(name, slice, experts, at)
+        settings = self.settings(name, slice, [(s, asked[s.model]) for s, _ in experts], at)
         dtype = self.out_dtype([tensor for _, tensor in found])
         same = {tensor.dtype for _, tensor in found} == {dtype}
         plain = self.recipe.method.name == "passthrough" and settings.experts[0]["scale"] == 1
@@ -258,7 +259,7 @@ class _Planner:
         return len(shapes) == 1
 
     def settings(
-        self, name: str, slice: Slice, experts: list[tuple[Source, Tensor]], at: float
+        self, name: str, slice: Slice, experts: list[tuple[Source, str]], at: float
     ) -> Settings:
         shared: dict[str, Any] = {}
         each: list[dict[str, Any]] = [{} for _ in experts]
@@ -268,9 +269,9 @@ class _Planner:
                 shared[parameter.name] = resolve(parameter, common, name, at)
                 self.given(parameter.name, shared[parameter.name], parameter.required, name, slice)
                 continue
-            for values, (source, tensor) in zip(each, experts, strict=True):
+            for values, (source, asked) in zip(each, experts, strict=True):
                 levels = (source.parameters, *common)
-                values[parameter.name] = resolve(parameter, levels, tensor.name, at)
+                values[parameter.name] = resolve(parameter, levels, asked, at)
                 self.given(parameter.name, values[parameter.name], parameter.required, name, slice)
         settings = Settings(shared, tuple(each))
         self.dividable(name, settings)

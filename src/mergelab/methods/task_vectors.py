@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mergelab.methods import sparsify
-from mergelab.methods.averages import weighted_sum
+from mergelab.methods.averages import sum_of_weights, weighted_sum
 from mergelab.methods.base import (
     DENSITY,
     INT8_MASK,
@@ -39,9 +39,8 @@ def summed(deltas: list[Array], settings: Settings) -> Array:
     """Weighted sum of task vectors (S), divided by the sum of weights if `normalize`."""
     weights = settings.each("weight")
     merged = weighted_sum(deltas, weights)
-    share = sum(weights)
-    if settings.shared["normalize"] and abs(share) >= NO_WEIGHT:
-        merged /= merged.dtype.type(share)
+    if settings.shared["normalize"] and abs(sum(weights)) >= NO_WEIGHT:
+        merged /= sum_of_weights(weights, merged)
     return merged
 
 
@@ -107,7 +106,7 @@ MASKS_DIFFER = (
 
 TASK_ARITHMETIC = Method(
     "task_arithmetic",
-    1,
+    2,
     "Adds the weighted task vectors of the experts to the base.",
     "needed",
     (1, None),
@@ -135,7 +134,7 @@ TIES = Method(
 
 DARE_LINEAR = Method(
     "dare_linear",
-    1,
+    2,
     "Drops entries of each task vector at random, rescales the rest, adds them to the base.",
     "needed",
     (1, None),
