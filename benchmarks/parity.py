@@ -34,7 +34,7 @@ from mergelab.recipe import load_recipe
 TARGET = 1.0  # float32 ulps
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "default"}  # torch without AVX2 and AVX-512, hence without FMA
 HEADER = (
-    "| recipe | models | entries | differ | largest difference, ulp | the same, peer imitated | "
+    "| recipe | models | entries | differ | largest difference, ulp | with the peer's factors | "
     "other selection / free at the cut | error of mergelab, ulp | error of mergekit, ulp | holds |"
 )
 LEGEND = """
@@ -42,9 +42,10 @@ LEGEND = """
   largest magnitude among the float64 result and the terms that are summed to it (base, w x, or
   lambda w tau): where terms cancel, rounding is relative to them, not to what is left.
 - **error**: against a float64 definition of the method with the recipe's decimal weights.
-- **peer imitated**: the largest difference that is left once the cause is removed.
-  linear: fused multiply-add and sum of weights in float32, as in the peer. task_arithmetic: sum of
-  weights in float32. slerp: the peer's two factors, recovered from its result, in place of ours.
+- **with the peer's factors**: SLERP once more with the peer's two factors, recovered from its
+  result. The peer takes norms and dot product in float32, so its angle is off; ours are float64.
+- linear: the peer uses fused multiply-add where the processor has it (last row: without it, it
+  differs from itself); ours goes through float64 on every processor and gives the same bits.
 - **free at the cut**: entries of a magnitude of which TIES must keep some and drop others; the
   peer sorts unstably, mergelab keeps the lowest index. They are no part of the other columns, and
   each equals one of the possible choices within 1 ulp, or the row fails.
@@ -118,7 +119,7 @@ def held(tally: Tally) -> tuple[str, float, bool] | None:
 def row(tally: Tally) -> str:
     """One line of the table."""
     goal = held(tally)
-    imitated = tally.case.stored or tally.case.method in ("ties", "mergekit") or not tally.differing
+    factors = tally.case.method == "slerp" and not tally.case.stored
     selection = f"{tally.other:,} / {tally.equal:,}" if tally.case.method == "ties" else ""
     if tally.unexplained:
         selection += f" ({tally.unexplained} unexplained)"
@@ -128,7 +129,7 @@ def row(tally: Tally) -> str:
         f"{tally.entries:,}",
         f"{tally.differing:,} ({tally.differing / tally.entries:.2%})" if tally.differing else "0",
         f"{tally.worst:.3g}",
-        "" if imitated else f"{tally.left:.3g}",
+        f"{tally.left:.3g}" if factors else "",
         selection,
         "" if goal is None and not tally.case.stored else f"{tally.ours:.2f}",
         f"{tally.theirs:.2f}",

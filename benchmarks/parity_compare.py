@@ -59,7 +59,7 @@ class Tally:
     """What was seen of one case over architectures, seeds and tensors; `worst` to `left` in ulps.
 
     worst: largest difference of the tools; ours, theirs: largest errors against float64;
-    left: largest difference from the peer of arithmetic that imitates its order of rounding.
+    left: largest difference from the peer of SLERP with the peer's own two factors.
     equal: entries that TIES may keep or drop; other: those where the tools differ, not in `worst`;
     unexplained: those of them that no choice gives within one ulp."""
 
@@ -89,11 +89,10 @@ def compare(job: Job, tally: Tally, tool: str = "mergelab") -> None:
         x, y = a.floats(0, a.size), b.floats(0, b.size)
         right = truth(job, tensor)
         measure(tally, right, x.astype(float), y.astype(float))
-        if not job.case.stored and np.any(x != y):
-            imitation = imitated(job, tensor, y)
-            if imitation is not None:
-                apart = np.abs(imitation.astype(float) - y) / right.ulp
-                tally.left = max(tally.left, float(apart.max()))
+        if job.case.method == "slerp" and not job.case.stored:
+            imitation = with_its_factors(job.base(tensor), job.experts(tensor)[0], y)
+            apart = np.abs(imitation.astype(float) - y) / right.ulp
+            tally.left = max(tally.left, float(apart.max()))
 
 
 def truth(job: Job, tensor: Planned) -> Truth:
@@ -139,38 +138,6 @@ def unexplained(right: Truth, theirs: Array, at: Array) -> int:
     where = right.undecided
     fits = [np.abs(theirs[where] - choice) <= right.ulp[where] for choice in right.choices]
     return int(np.count_nonzero(np.isin(where, at) & ~np.any(fits, axis=0)))
-
-
-def imitated(job: Job, tensor: Planned, theirs: Array) -> Array | None:
-    """The method once more, rounded where the peer rounds (S, float32); None for TIES."""
-    experts = job.experts(tensor)
-    if job.case.method == "slerp":
-        return with_its_factors(job.base(tensor), experts[0], theirs)
-    if job.case.method == "ties":
-        return None
-    weights = np.array(tensor.settings.each("weight"), np.float32)
-    share = np.float32(1)
-    if tensor.settings.shared["normalize"]:
-        share = np.add.accumulate(weights)[-1]
-    if job.case.method == "linear":
-        return fused(experts, weights) / share
-    base = job.base(tensor)
-    merged = np.zeros_like(base)
-    for x, w in zip(experts, weights, strict=True):
-        merged += (x - base) * w
-    result: Array = base + merged / share * np.float32(tensor.settings.shared["lambda"])
-    return result
-
-
-def fused(experts: list[Array], weights: Array) -> Array:
-    """sum(w x), each product and its addition rounded once as a fused multiply-add does (S).
-
-    The product of two float32 is exact in float64; the sum is rounded there first, which changes
-    its float32 rounding only within 2^-29 ulp of a midpoint."""
-    result = np.zeros_like(experts[0])
-    for x, w in zip(experts, weights, strict=True):
-        result = (result.astype(float) + x.astype(float) * float(w)).astype(np.float32)
-    return result
 
 
 def with_its_factors(base: Array, expert: Array, theirs: Array) -> Array:
