@@ -12,5 +12,8 @@ rule data:
     resources:
         mem_mb=1000,
         runtime=30,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} data {STUDY} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} data {params.study} {wildcards.name} --record {output} 2> {log}"

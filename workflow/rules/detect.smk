@@ -12,8 +12,11 @@ rule probe:
     resources:
         mem_mb=4000,
         runtime=120,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} probe {STUDY} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} probe {params.study} {wildcards.name} --record {output} 2> {log}"
 
 
 rule detect:
@@ -30,5 +33,8 @@ rule detect:
     resources:
         mem_mb=1000,
         runtime=30,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} detect {STUDY} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} detect {params.study} {wildcards.name} --record {output} 2> {log}"

@@ -12,5 +12,8 @@ rule evaluate:
     resources:
         mem_mb=4000,
         runtime=600,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} evaluate {STUDY} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} evaluate {params.study} {wildcards.name} --record {output} 2> {log}"

@@ -12,5 +12,9 @@ rule merge:
     resources:
         mem_mb=1000,
         runtime=120,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
+        results=RESULTS,
     shell:
-        "{MERGELAB} merge {STUDY}/{wildcards.name}.yaml -o {RESULTS}/merged/{wildcards.name} --workers {threads} --record {output} 2> {log}"
+        "{params.mergelab} merge {params.study}/{wildcards.name}.yaml -o {params.results}/merged/{wildcards.name} --workers {threads} --record {output} 2> {log}"

@@ -12,8 +12,11 @@ rule fetch:
     resources:
         mem_mb=4000,
         runtime=120,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} fetch {STUDY} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} fetch {params.study} {wildcards.name} --record {output} 2> {log}"
 
 
 rule train:
@@ -30,5 +33,8 @@ rule train:
     resources:
         mem_mb=6000,
         runtime=600,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} train {STUDY} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} train {params.study} {wildcards.name} --record {output} 2> {log}"

@@ -12,5 +12,8 @@ rule report:
     resources:
         mem_mb=1000,
         runtime=30,
+    params:
+        mergelab=MERGELAB,
+        study=STUDY,
     shell:
-        "{MERGELAB} report {STUDY} --record {output} 2> {log}"
+        "{params.mergelab} report {params.study} --record {output} 2> {log}"
