@@ -107,6 +107,13 @@ def test_slerp_of_nearly_parallel_tensors_is_linear(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, 1.5 * base, rtol=2 * ULP)
 
 
+def test_slerp_of_a_zero_tensor_takes_a_right_angle(tmp_path: Path) -> None:
+    text = "merge_method: slerp\nbase_model: base\ndtype: float32\nparameters: {t: 0.5}\n"
+    models = {"base": np.array([1.0, 0.0]), "a": np.zeros(2)}
+    got = merge(tmp_path, text + "models: [{model: base}, {model: a}]\n", models)
+    np.testing.assert_allclose(got, [math.sqrt(0.5), 0], atol=2 * ULP)
+
+
 def test_slerp_sums_over_more_than_one_block(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     a, b = (rng.standard_normal(2 * BLOCK + 17).astype("<f4") for _ in range(2))
@@ -264,7 +271,8 @@ def test_masks_depend_on_seed_model_tensor_and_index_only() -> None:
     key = sparsify.random_key(0, "a", "w")
     whole = sparsify.keep_mask(key, 0, 4096, 0.4)
     assert np.array_equal(whole[1000:3000], sparsify.keep_mask(key, 1000, 2000, 0.4))
-    others = [sparsify.random_key(*k) for k in ((1, "a", "w"), (0, "b", "w"), (0, "a", "v"))]
+    keys = ((1, "a", "w"), (0, "b", "w"), (0, "a", "v"), (0, "a@v1", "w"))
+    others = [sparsify.random_key(*k) for k in keys]
     assert all(np.mean(whole == sparsify.keep_mask(k, 0, 4096, 0.4)) < 0.6 for k in others)
 
 

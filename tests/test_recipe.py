@@ -97,8 +97,8 @@ def test_missing_model_folder(mergelab: Run, models: Path) -> None:
         mergelab,
         models,
         TIES.replace("model: a", "model: ./aa"),
-        "r.yaml: model ./aa: there is no such folder, and it is no hub model "
-        "(org/name@<40-hex commit>).",
+        "r.yaml: model ./aa: there is no such folder (paths start at the current folder), and "
+        "it is no hub model (org/name@<40-hex commit>).",
     )
 
 
@@ -106,7 +106,11 @@ def test_unpinned_hub_model_is_refused_with_the_advice_to_lock(mergelab: Run, mo
     (models / "r.yaml").write_text(TIES.replace("model: a", "model: org/name@main"))
     done = mergelab("merge", "r.yaml", "-o", "out")
     assert done.returncode == 2
-    assert "org/name@main is not pinned. Run: mergelab lock" in done.stderr
+    assert "org/name@main is not pinned. Write org/name@<40-hex commit>" in done.stderr
+    (models / "study.yaml").write_text("title: t\n")
+    done = mergelab("merge", "r.yaml", "-o", "out")
+    assert done.returncode == 2
+    assert "study.yaml: model org/name@main is not pinned. Run: mergelab lock" in done.stderr
 
 
 def test_wrong_shapes(mergelab: Run, models: Path) -> None:

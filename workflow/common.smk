@@ -1,18 +1,32 @@
 """What the rules have in common: the study, its steps, the names of their records."""
 
+import shlex
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from mergelab.errors import UserError
+from mergelab.errors import UserError, nearest
 from mergelab.steps import Steps
 from mergelab.study import load_study
 
-STUDY = Path("recipes") / config.get("study", "demo")
+if set(config) - {"study"}:
+    raise WorkflowError(
+        f"--config takes study=NAME, not {', '.join(set(config) - {'study'})}."
+    )
+
+STUDIES = sorted(path.parent.name for path in Path("recipes").glob("*/study.yaml"))
+NAME = str(config.get("study", "demo")).removeprefix("recipes/").rstrip("/")
+if NAME not in STUDIES:
+    hint = nearest(NAME, STUDIES)
+    raise WorkflowError(
+        f"there is no study '{NAME}'.{hint} Studies: {', '.join(STUDIES)}."
+    )
+
+STUDY = Path("recipes") / NAME
 RESULTS = Path("results") / STUDY.name
 RECORDS = RESULTS / "records"
-MERGELAB = f"{sys.executable} -m mergelab.cli"
+MERGELAB = f"{shlex.quote(sys.executable)} -m mergelab.cli"
 
 try:
     STEPS = Steps(load_study(STUDY)).all

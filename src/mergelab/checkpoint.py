@@ -23,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER = re.compile(
     r"(tokenizer.*\.json|tokenizer\.model|vocab\.json|merges\.txt|special_tokens_map\.json"
-    r"|added_tokens\.json|chat_template.*|generation_config\.json)\Z"
+    r"|added_tokens\.json|chat_template.*|generation_config\.json|vocab\.txt|spiece\.model"
+    r"|sentencepiece.*\.model|.*\.tiktoken|preprocessor_config\.json|processor_config\.json)\Z"
 )
 FLOATS = ("F64", "F32", "F16", "BF16")
 BITS = {  # safetensors dtype -> numpy dtype that holds its bits
@@ -88,13 +89,26 @@ def to_float(bits: np.ndarray[Any, Any], dtype: str, work: str = "<f4") -> np.nd
 def from_float(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     """Round once to the storage format (to nearest, ties to even); overflow gives infinity."""
     if dtype == "BF16":
-        bits = np.ascontiguousarray(values, "<f4").view("<u4")
+        bits = _to_odd(values).view("<u4")
         odd = (bits >> 16) & 1
         rounded = ((bits + np.uint32(0x7FFF) + odd) >> 16).astype("<u2")
         quiet = ((bits >> 16) | 0x40).astype("<u2")
         return np.where(np.isnan(values), quiet, rounded).astype("<u2")
     with np.errstate(over="ignore"):
         return values.astype(BITS[dtype])
+
+
+def _to_odd(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """float32 for a second rounding: inexact float64 values get an odd last bit (toward zero).
+
+    Rounding that to bfloat16 equals rounding once (Boldo and Melquiond 2008)."""
+    single = np.ascontiguousarray(values, "<f4")
+    if values.dtype == single.dtype:
+        return single
+    bits = single.view("<u4")
+    bits -= np.abs(single) > np.abs(values)
+    bits |= (single != values) & ~np.isnan(values)
+    return bits.view("<f4")
 
 
 def count_not_finite(bits: np.ndarray[Any, Any], dtype: str) -> int:
@@ -141,7 +155,7 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> Tensor:
         raise UserError(_broken(file, f"tensor {name!r} lacks dtype, shape or offsets")) from None
     if not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
         raise UserError(_broken(file, f"tensor {name!r} has impossible sizes"))
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise UserError(
             f"{file}: tensor {name!r} is stored as {dtype!s:.20}, which cannot be merged. "
             "Convert the model to bfloat16, float16 or float32 first."
@@ -202,9 +216,9 @@ class Checkpoint:
 
     @cached_property
     def layers(self) -> int:
-        """Number of layers of the stack, counted in the headers."""
+        """Number of layers of the stack: one more than the highest index in the headers."""
         found = {i for p, i, _ in map(split_layer, self.tensors) if p == self.stack}
-        return len(found - {None})
+        return max((i + 1 for i in found if i is not None), default=0)
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -213,16 +227,22 @@ class Checkpoint:
         if not path.is_file():
             return {}
         data = _json_object(path)
-        vocab = data.get("model", {}).get("vocab", {})
-        if isinstance(vocab, list):  # unigram: [[token, score], ...]
-            vocab = {entry[0]: i for i, entry in enumerate(vocab)}
-        added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
-        return {**vocab, **added}
+        try:
+            vocab = data["model"]["vocab"]
+            if isinstance(vocab, list):  # unigram: [[token, score], ...]
+                vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+            added = {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
+            return {str(token): int(i) for token, i in {**vocab, **added}.items()}
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise UserError(
+                f"model {self.label}: {path} is not in the format of the tokenizers library. "
+                "Download or copy it again, or remove it to merge without a tokenizer."
+            ) from None
 
 
 def split_layer(name: str) -> tuple[str, int | None, str]:
     """'model.layers.7.mlp.w' -> ('model.layers', 7, 'mlp.w'); the first number counts."""
-    match = re.match(r"(.*?)\.(\d+)\.(.*)\Z", name)
+    match = re.match(r"(.*?)\.(\d{1,6})\.(.*)\Z", name, re.DOTALL)
     return (match[1], int(match[2]), match[3]) if match else (name, None, "")
 
 
@@ -231,20 +251,23 @@ def open_checkpoint(folder: Path, label: str) -> Checkpoint:
 
     Raises UserError for a missing folder, config or shard, an index that leaves the folder,
     and every defect that `read_header` finds, all shards at once."""
+    try:
+        return _open(folder, label)
+    except OSError as error:
+        raise UserError(
+            f"model {label}: {error.filename or folder}: {error.strerror}. Check the path and its "
+            "permissions."
+        ) from None
+
+
+def _open(folder: Path, label: str) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"model {label}: there is no folder {folder}. Check the name or the path.")
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"model {label}: {folder} has no config.json; is it a model folder?")
-    problems, tensors = Problems(), dict[str, Tensor]()
-    for file in _weight_files(folder, label):
-        try:
-            tensors |= read_header(file)
-        except UserError as error:
-            problems.add(f"model {label}: {error}")
-    problems.raise_if_any()
-    checkpoint = Checkpoint(label, folder, _json_object(config), tensors)
-    if "quantization_config" in checkpoint.config:
+    checkpoint = Checkpoint(label, folder, _json_object(config), _tensors(folder, label))
+    if checkpoint.config.get("quantization_config"):
         raise UserError(
             f"model {label}: is quantised (quantization_config in {config}); packed weights cannot "
             "be merged. Use the unquantised model."
@@ -252,16 +275,33 @@ def open_checkpoint(folder: Path, label: str) -> Checkpoint:
     return checkpoint
 
 
-def _weight_files(folder: Path, label: str) -> list[Path]:
+def _tensors(folder: Path, label: str) -> dict[str, Tensor]:
+    """Every tensor of a model, from the file that the index names for it."""
     index = folder / INDEX
-    if index.is_file():
-        names = _index_files(index)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"model {label}: {index} names {', '.join(missing)}: no such file.")
-        return [folder / name for name in names]
+    where = _index(index, label) if index.is_file() else None
+    names = sorted(set(where.values())) if where else [_single(folder, label)]
+    problems, found = Problems(), dict[str, Tensor]()
+    for name in names:
+        try:
+            header = read_header(folder / name)
+        except UserError as error:
+            problems.add(f"model {label}: {error}")
+            continue
+        for tensor in header.values():
+            if where is not None and where.get(tensor.name) != name:
+                problems.add(f"model {label}: {index} does not name {tensor.name} in {name}.")
+        found |= header
+    for tensor_name in (where or {}).keys() - found.keys() if not problems.found else ():
+        problems.add(f"model {label}: {index} names {tensor_name}, but no file has it.")
+    problems.raise_if_any()
+    if not found:
+        raise UserError(f"model {label}: {folder} holds no tensors. Is the download complete?")
+    return found
+
+
+def _single(folder: Path, label: str) -> str:
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return SINGLE
     if any(folder.glob("*.bin")):
         raise UserError(
             f"model {label}: {folder} holds only .bin (pickle) weights, which are never loaded. "
@@ -270,17 +310,22 @@ def _weight_files(folder: Path, label: str) -> list[Path]:
     raise UserError(f"model {label}: {folder} holds neither {SINGLE} nor {INDEX}.")
 
 
-def _index_files(index: Path) -> list[str]:
+def _index(index: Path, label: str) -> dict[str, str]:
+    """The index's map from tensor to file name; no name may leave the folder."""
     names = _json_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index}: has no weight_map of file names.")
     for name in sorted(set(names.values())):
-        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        plain = name == Path(name).name and name not in ("", ".", "..") and len(name) < 200
+        if not plain or "\\" in name or "\0" in name:
             raise UserError(
-                f"{index}: names a file outside the model's folder: {name!r}. "
+                f"{index}: names a file outside the model's folder: {name[:80]!r}. "
                 "Do not trust this model; download it again from its source."
             )
-    return sorted(set(names.values()))
+    missing = [n for n in sorted(set(names.values())) if not (index.parent / n).is_file()]
+    if missing:
+        raise UserError(f"model {label}: {index} names {', '.join(missing)}: no such file.")
+    return names
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -44,8 +45,26 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model of stud
 Results = Annotated[
     Path, typer.Option("--results", help="Folder of all results; a study's are in a folder of it.")
 ]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Checked before the work, so that nothing is lost for want of a place."""
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--record {path}: cannot be written: {error.strerror}.") from None
+    return path
+
+
 RecordFile = Annotated[
-    Path | None, typer.Option("--record", help="Write the record of this step here, too.")
+    Path | None,
+    typer.Option(
+        "--record",
+        dir_okay=False,
+        callback=_writable,
+        help="Write the record of this step here, too; Snakemake asks for it.",
+    ),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on it.")]
 ShardSize = Annotated[
@@ -75,7 +94,12 @@ def _options(
 @app.command()
 def merge(
     recipe: RecipeFile,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the merged model.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Folder for the merged model; an earlier merge there is replaced."
+        ),
+    ],
     shard_size: ShardSize = "5GB",
     workers: Workers = 1,
     seed: Seed = 0,
@@ -91,7 +115,12 @@ def merge(
     planned = _plan(recipe, results, shard_size)
     for warning in planned.warnings:
         say(f"note: {warning}")
-    outcome = engine.merge(planned, out, workers=workers, seed=seed)
+    _forget(out.parent.parent, "merge", out.name)
+    try:
+        outcome = engine.merge(planned, out, workers=workers, seed=seed)
+    except KeyboardInterrupt:
+        say(f"interrupted: nothing was written to {out}; the same command starts again.")
+        raise
     _record(record, outcome)
 
 
@@ -137,7 +166,11 @@ def lock(study: StudyFolder) -> None:
     from mergelab import hub, locate
 
     loaded = _study(study)
-    hub.lock(loaded, locate.hub_ids(loaded.recipes, loaded))
+    ids = locate.hub_ids(loaded.recipes, loaded)
+    if not ids and not any(model.hub for model in loaded.models.values()):
+        say(f"{study}: has no hub models, so there is nothing to pin")
+        return
+    hub.lock(loaded, ids)
     say(f"wrote {loaded.lock}")
 
 
@@ -155,18 +188,27 @@ def data(
     if dataset:
         _known(dataset, loaded.datasets, "dataset", loaded)
         loaded = dataclasses.replace(loaded, datasets={dataset: loaded.datasets[dataset]})
-    _record(record, datasets.prepare(loaded, results / loaded.name / "data"))
+    place = results / loaded.name
+    for name in loaded.datasets:
+        _forget(place, "data", name)
+    _record(record, datasets.prepare(loaded, place / "data"))
+    say(f"wrote {place / 'data'}: {', '.join(loaded.datasets)}")
 
 
 @app.command()
 def fetch(
     study: StudyFolder, model: ModelName, results: Results = RESULTS, record: RecordFile = None
 ) -> None:
-    """Bring one model of a study here: from the hub (verified), or out of a GGUF file."""
+    """Bring one model of a study here: from the hub (verified), or out of a GGUF file.
+
+    A local folder is only checked; it is used where it is."""
     from mergelab import models
 
     loaded = _study(study)
-    _record(record, models.fetch(loaded, model, results / loaded.name / "models" / model))
+    place = results / loaded.name
+    _forget(place, "fetch", model)
+    _record(record, models.fetch(loaded, model, place / "models" / model))
+    say(f"ready: {models.folder(loaded, model, place)}")
 
 
 @app.command()
@@ -179,7 +221,9 @@ def train(
     loaded = _study(study)
     place = results / loaded.name
     _known(model, loaded.models, "model", loaded)
+    _forget(place, "train", model)
     _record(record, training.train(loaded, model, place / "models" / model, place))
+    say(f"wrote {place / 'models' / model}")
 
 
 @app.command()
@@ -191,9 +235,10 @@ def evaluate(
 
     loaded = _study(study)
     place = results / loaded.name
-    _record(
-        record, scores.evaluate(loaded, variant, models.existing(loaded, variant, place), place)
-    )
+    folder = models.existing(loaded, variant, place)
+    _forget(place, "evaluate", variant)
+    _record(record, scores.evaluate(loaded, variant, folder, place))
+    say(f"wrote {place / 'scores' / variant}.json")
 
 
 @app.command()
@@ -205,7 +250,10 @@ def probe(
 
     loaded = _study(study)
     place = results / loaded.name
-    _record(record, evidence.probe(loaded, variant, models.existing(loaded, variant, place), place))
+    folder = models.existing(loaded, variant, place)
+    _forget(place, "probe", variant)
+    _record(record, evidence.probe(loaded, variant, folder, place))
+    say(f"wrote {place / 'evidence' / variant}.safetensors")
 
 
 @app.command()
@@ -216,7 +264,10 @@ def detect(
     from mergelab import detectors
 
     loaded = _study(study)
-    _record(record, detectors.detect(loaded, variant, results / loaded.name))
+    place = results / loaded.name
+    _forget(place, "detect", variant)
+    _record(record, detectors.detect(loaded, variant, place))
+    say(f"wrote {place / 'findings' / variant}.json")
 
 
 @app.command()
@@ -225,6 +276,7 @@ def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = 
     from mergelab import report as page
 
     loaded = _study(study)
+    _forget(results / loaded.name, "report", loaded.name)
     _record(record, page.write(loaded, results / loaded.name))
     say(f"wrote {results / loaded.name / 'report.html'}")
 
@@ -248,7 +300,7 @@ def _plan(recipe: Path, results: Path, shard_size: str) -> Any:
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", text.strip().upper())
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) < 1e12:
         raise UserError(f"--shard-size {text}: write a size such as 5GB, 500MB or 2GiB.")
     return int(float(match[1]) * UNITS[match[2]])
 
@@ -257,6 +309,13 @@ def _known(name: str, names: Any, what: str, study: Any) -> None:
     if name not in names:
         hint = nearest(name, names)
         raise UserError(f"{study.folder / 'study.yaml'}: there is no {what} '{name}'.{hint}")
+
+
+def _forget(place: Path, verb: str, name: str) -> None:
+    """Delete a step's records before its result changes: a run by hand makes it out of date."""
+    for old in (place / "records").glob(f"{verb}-{glob.escape(name)}.*.json"):
+        if re.fullmatch(r"[0-9a-f]{12}", old.name.split(".")[-2]):
+            old.unlink(missing_ok=True)
 
 
 def _record(path: Path | None, value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergelab.checkpoint import NAMES, Checkpoint
-from mergelab.errors import Problems
+from mergelab.errors import Problems, UserError
 from mergelab.recipe import Recipe
 from mergelab.writer import Planned
 
@@ -60,9 +60,20 @@ def _stack(
         begin, end = source.layers or (0, 0)
         rows += [(checkpoints[source.model], layer) for layer in range(begin, end)]
     for key, value in donor.config.items():
-        if isinstance(value, list) and len(value) == donor.layers:
-            config[key] = [model.config.get(key, value)[layer] for model, layer in rows]
+        per_layer = key != "architectures" and "token_id" not in key
+        if per_layer and isinstance(value, list) and len(value) == donor.layers:
+            config[key] = [_of_layer(model, key, value, layer) for model, layer in rows]
     config["n_layer" if "n_layer" in config else "num_hidden_layers"] = len(rows)
+
+
+def _of_layer(model: Checkpoint, key: str, default: list[Any], layer: int) -> Any:
+    values = model.config.get(key, default)
+    if not isinstance(values, list) or layer >= len(values):
+        raise UserError(
+            f"model {model.label}: '{key}' in its config.json has no entry for layer {layer}. "
+            "Give it one entry per layer."
+        )
+    return values[layer]
 
 
 def warnings_about(
@@ -70,7 +81,7 @@ def warnings_about(
 ) -> Iterator[str]:
     """What differs between the donor and each other model; the weights alone do not show it.
 
-    Raises UserError if tokenizers disagree on more than a tenth of the ids."""
+    Tokenizers that disagree on more than a tenth of the ids are noted as a problem."""
     for model in checkpoints.values():
         for key in FUNCTION:
             ours, theirs = donor.config.get(key), model.config.get(key)
@@ -88,7 +99,6 @@ def warnings_about(
             )
         elif share > 0:
             yield f"{share:.2%} of the token ids differ between {donor.label} and {model.label}"
-    problems.raise_if_any()
 
 
 def _disagreement(ours: dict[str, int], theirs: dict[str, int]) -> float:

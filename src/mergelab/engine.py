@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoint import INDEX, Tensor, count_not_finite, from_float
+from mergelab.checkpoint import FLOATS, INDEX, Tensor, count_not_finite, from_float
 from mergelab.errors import UserError
 from mergelab.folders import alone, building
 from mergelab.methods.base import BLOCK, Array, Block, Method, Stats, Sums
 from mergelab.plan import Plan
-from mergelab.progress import Bar, bar, say
+from mergelab.progress import Bar, bar, say, size
 from mergelab.record import (
     canonical,
     file_entries,
@@ -34,12 +34,15 @@ from mergelab.record import (
 from mergelab.writer import (
     RECORD,
     Planned,
+    check_replaceable,
     check_space,
     check_target,
     disk_full,
-    open_shards,
+    shards,
     write_at,
 )
+
+VERSION = 2  # of plan, engine and rounding; methods have versions of their own
 
 
 def merge(plan: Plan, out: Path, *, workers: int = 1, seed: int = 0) -> dict[str, Any]:
@@ -47,26 +50,35 @@ def merge(plan: Plan, out: Path, *, workers: int = 1, seed: int = 0) -> dict[str
 
     If `out` already holds this very merge, nothing is done. Raises UserError for a full disk,
     an unusable `out`, or a result that is not finite; then `out` is as it was before."""
-    check_target(out)
+    check_target(out, [checkpoint.folder for checkpoint in plan.checkpoints.values()])
+    out = out.resolve() if out.is_symlink() else out
     if not out.exists():
         check_space(out, plan.bytes_out)
-    inputs = _inputs(plan, workers)
-    identity = {"inputs": inputs, "seed": seed, **_recipe(plan)}
+    small = _small_files(plan)
+    identity = _identity(plan, small, seed, _inputs(plan, workers))
     with alone(out):
-        record = _finished(out, identity, plan)
+        record = _finished(out, identity)
         if record:
             say(f"{out}: is up to date")
             return record
         check_space(out, plan.bytes_out)
+        replaced = check_replaceable(out)
         with building(out, "merge") as folder, disk_full(out):
-            return _build(plan, folder, identity, workers)
+            record = _build(plan, folder, small, identity, workers)
+    again = " (in place of an earlier merge)" if replaced else ""
+    dtypes = ", ".join(sorted({t.dtype for t in plan.tensors}))
+    say(f"wrote {out}: {len(plan.tensors)} tensors, {size(plan.bytes_out)}, {dtypes}{again}")
+    return record
 
 
-def _build(plan: Plan, folder: Path, identity: dict[str, Any], workers: int) -> dict[str, Any]:
+def _build(
+    plan: Plan, folder: Path, small: dict[str, bytes], identity: dict[str, Any], workers: int
+) -> dict[str, Any]:
     """Write the whole model into `folder`, its record last."""
     started = time.monotonic()
     hashes = _write_weights(plan, folder, workers, identity["seed"])
-    _write_small_files(plan, folder)
+    for name, data in small.items():
+        write_bytes(folder / name, data)
     names = [path.name for path in folder.iterdir()]
     record = {
         **identity,
@@ -81,12 +93,34 @@ def _build(plan: Plan, folder: Path, identity: dict[str, Any], workers: int) -> 
     return record
 
 
-def _recipe(plan: Plan) -> dict[str, Any]:
+def _identity(
+    plan: Plan, small: dict[str, bytes], seed: int, inputs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything that fixes the bytes of all files: two merges that agree here are the same."""
     recipe = plan.recipe
     return {
         "recipe": {"name": recipe.path.stem, "sha256": recipe.sha256, "text": recipe.text},
         "method": {"name": recipe.method.name, "version": recipe.method.version},
+        "engine": VERSION,
+        "inputs": inputs,
+        "seed": seed,
+        "small_files": {n: hashlib.sha256(data).hexdigest() for n, data in small.items()},
+        "layout": {n: hashlib.sha256(head).hexdigest() for n, head in plan.headers.items()},
     }
+
+
+def _small_files(plan: Plan) -> dict[str, bytes]:
+    """Config, index, tokenizer and generation files of the merged model, by name."""
+    files = {}
+    try:
+        for name in plan.donor.tokenizer_files:
+            files[name] = (plan.donor.folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}.") from None
+    values = {"config.json": plan.config} | ({INDEX: plan.index} if plan.index else {})
+    for name, value in values.items():
+        files[name] = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return files
 
 
 def _inputs(plan: Plan, workers: int) -> list[dict[str, Any]]:
@@ -102,31 +136,32 @@ def _inputs(plan: Plan, workers: int) -> list[dict[str, Any]]:
     return [{"model": label, "files": entries} for label, entries in files.items()]
 
 
-def _finished(out: Path, identity: dict[str, Any], plan: Plan) -> dict[str, Any] | None:
-    """The record of `out` if it is this very merge and its files are all there."""
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of `out` if it is this very merge and every file still has its hash."""
     try:
         record: dict[str, Any] = json.loads((out / RECORD).read_bytes())
-        sizes = {f["name"]: f["bytes"] for f in record["outputs"]["files"]}
-        whole = all((out / name).stat().st_size == size for name, size in sizes.items())
+        if canonical({key: record.get(key) for key in identity}) != canonical(identity):
+            return None
+        files = record["outputs"]["files"]
+        whole = all(file_sha256(out / file["name"]) == file["sha256"] for file in files)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    known = {key: record.get(key) for key in identity}
-    same = canonical(known) == canonical(identity) and set(plan.headers) <= set(sizes)
-    return record if whole and same else None
+    return record if whole else None
 
 
 def _write_weights(plan: Plan, folder: Path, workers: int, seed: int) -> dict[str, str]:
     """Merge every tensor; returns sha256 of each one's bytes, by name."""
     total = sum(tensor.nbytes for tensor in plan.tensors)
     with (
-        open_shards(folder, plan.headers, plan.tensors) as handles,
+        shards(folder, plan.headers, plan.tensors),
         bar(f"merge ({plan.recipe.method.name})", total) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
 
         def work(tensor: Planned) -> str:
-            task = _TensorMerge(plan.recipe.method, tensor, seed)
-            return task.write(handles[tensor.file], progress)
+            with (folder / tensor.file).open("r+b") as file:
+                task = _TensorMerge(plan.recipe.method, tensor, seed)
+                return task.write(file.fileno(), progress)
 
         futures = [pool.submit(work, tensor) for tensor in plan.tensors]
         try:
@@ -135,14 +170,6 @@ def _write_weights(plan: Plan, folder: Path, workers: int, seed: int) -> dict[st
             pool.shutdown(cancel_futures=True)
             raise
     return dict(zip((t.name for t in plan.tensors), hashes, strict=True))
-
-
-def _write_small_files(plan: Plan, folder: Path) -> None:
-    if plan.index:
-        write_json(folder / INDEX, plan.index)
-    for name in plan.donor.tokenizer_files:
-        write_bytes(folder / name, (plan.donor.folder / name).read_bytes())
-    write_json(folder / "config.json", plan.config)
 
 
 class _TensorMerge:
@@ -202,12 +229,16 @@ class _TensorMerge:
         with np.errstate(over="ignore", invalid="ignore"):
             values = self.method.merge(block, self.tensor.settings, stats, before)
             bits = from_float(values, self.tensor.dtype)
-        if wrong := count_not_finite(bits, self.tensor.dtype):
+        self.check_finite(bits)
+        return bits
+
+    def check_finite(self, bits: Array) -> None:
+        dtype = self.tensor.dtype
+        if dtype in FLOATS and (wrong := count_not_finite(bits, dtype)):
             raise UserError(
                 f"tensor {self.tensor.name}: {wrong} merged entries are infinite or not a number. "
                 "Check the inputs for the same, or use a wider dtype."
             )
-        return bits
 
     def copied(self) -> Iterator[Array]:
         """The source's bits, once all sources are seen to hold the same."""
@@ -219,6 +250,7 @@ class _TensorMerge:
                     f"tensor {self.tensor.name}: is stored as integers that differ between the "
                     "models, and integers cannot be merged. Remove it or make the models agree."
                 )
+            self.check_finite(bits)
             yield bits
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST = 40  # mistakes told at once
+
 
 class UserError(Exception):
     """A mistake of the user's; the CLI prints it and exits with code 2."""
@@ -24,7 +26,9 @@ class Problems:
     def raise_if_any(self) -> None:
         """Raise UserError with all mistakes, one paragraph each."""
         if self.found:
-            raise UserError("\n".join(self.found))
+            more = len(self.found) - MOST
+            rest = [f"... and {more} more."] if more > 0 else []
+            raise UserError("\n".join([*self.found[:MOST], *rest]))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -72,6 +72,8 @@ def move_into_place(partial: Path, out: Path) -> None:
     """Rename the finished folder to `out`, in place of what was there."""
     sync(partial)
     old = out.with_name(f".{out.name}.replaced")
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

@@ -97,6 +97,11 @@ def resolve(hub_id: str, lock_path: Path) -> Pinned:
     if revision and COMMIT.match(revision):
         return Pinned(repo, revision)
     study = lock_path.parent
+    if not (study / "study.yaml").is_file():
+        raise UserError(
+            f"model {hub_id} is not pinned. Write {repo}@<40-hex commit>: the commit stands on the "
+            "model's page, under Files, History.   (mergelab lock pins the models of a study.)"
+        )
     raise UserError(
         f"{study / 'study.yaml'}: model {hub_id} is not pinned. Run: mergelab lock {study}   "
         f"(or write {repo}@<40-hex commit>)"

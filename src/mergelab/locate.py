@@ -41,9 +41,14 @@ def folder(name: str, recipe: Recipe, study: Study | None, results: Path) -> Pat
         return _merge(name.removeprefix(PREFIX), recipe, results)
     if study is not None and name in study.models:
         return models.existing(study, name, results)
-    local = Path(name).expanduser()
-    if local.is_dir():
+    local = local_folder(name)
+    if local:
         return local
+    if "+" in name:
+        raise UserError(
+            f"{recipe.path}: model {name}: LoRA adapters (model+lora) are not supported yet. "
+            "Merge the adapter into its model first (peft: merge_and_unload)."
+        )
     if is_hub_id(name):
         pinned = hub.resolve(name, recipe.path.parent / "lock.json")
         out = results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
@@ -51,9 +56,18 @@ def folder(name: str, recipe: Recipe, study: Study | None, results: Path) -> Pat
         return out
     known = study.models if study else ()
     raise UserError(
-        f"{recipe.path}: model {name}: there is no such folder, and it is no hub model "
-        f"(org/name@<40-hex commit>).{nearest(name, known)}"
+        f"{recipe.path}: model {name}: there is no such folder (paths start at the current "
+        f"folder), and it is no hub model (org/name@<40-hex commit>).{nearest(name, known)}"
     )
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of that name, absolute or relative to the working directory, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, unknown ~user, a null character
+        return None
 
 
 def is_hub_id(name: str) -> bool:
@@ -72,7 +86,7 @@ def hub_ids(recipes: Iterable[Path], study: Study | None) -> tuple[str, ...]:
     known = study.models if study else {}
     names = [name for path in recipes for name in load_recipe(path).models]
     direct = [n for n in names if n not in known and not n.startswith(PREFIX)]
-    return tuple(dict.fromkeys(n for n in direct if is_hub_id(n) and not Path(n).is_dir()))
+    return tuple(dict.fromkeys(n for n in direct if is_hub_id(n) and not local_folder(n)))
 
 
 def _merge(name: str, recipe: Recipe, results: Path) -> Path:

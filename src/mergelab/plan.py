@@ -30,6 +30,7 @@ SHARD_SIZE = 5_000_000_000
 EMBEDDINGS = ("embed", "wte", "wpe")
 TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 NO_SHARE = 1e-8
+FEW = 3  # misfits of one kind that are told in full
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
     donor = checkpoints[recipe.base or recipe.models[0]]
     planner = _Planner(recipe, checkpoints, donor, problems)
     tensors = planner.tensors()
+    warnings = tuple(warnings_about(checkpoints, donor, problems))
     problems.raise_if_any()
     shards, headers = lay_out(tensors, shard_size)
     return Plan(
@@ -94,7 +96,7 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
         shards,
         headers,
         merged_config(recipe, checkpoints, donor, shards),
-        tuple(warnings_about(checkpoints, donor, problems)),
+        warnings,
     )
 
 
@@ -110,9 +112,15 @@ class _Planner:
     ) -> None:
         self.recipe, self.checkpoints, self.donor = recipe, checkpoints, donor
         self.problems = problems
+        self.misfits: dict[str, list[str]] = {}
 
     def tensors(self) -> list[Planned]:
         planned = self.whole() if self.recipe.whole else self.stacked()
+        for texts in self.misfits.values():
+            for text in texts[:FEW]:
+                self.problems.add(text)
+            if len(texts) > FEW:
+                self.problems.add(f"... and {len(texts) - FEW} more tensors like that.")
         return sorted((p for p in planned if p is not None), key=lambda p: p.name)
 
     def whole(self) -> list[Planned | None]:
@@ -149,11 +157,10 @@ class _Planner:
         result: list[Planned | None] = []
         row = 0
         for slice in self.recipe.slices:
-            first = self.checkpoints[slice.sources[0].model]
             begin, end = slice.sources[0].layers or (0, 0)
             for k in range(end - begin):
                 at = position(k, end - begin)
-                for suffix in self.suffixes(first, begin + k):
+                for suffix in self.suffixes(slice, k):
                     sources = []
                     for source in slice.sources:
                         model = self.checkpoints[source.model]
@@ -174,13 +181,21 @@ class _Planner:
                     f"{self.recipe.path}:{source.line}: model {source.model} has {model.layers} "
                     f"layers, layer_range ends at {source.layers[1]}."
                 )
+                continue
+            present = {i for p, i, _ in map(split_layer, model.tensors) if p == model.stack}
+            for layer in set(range(*(source.layers or (0, 0)))) - present:
+                ok = False
+                self.problems.add(f"model {source.model}: layer {layer} has no tensors.")
         return ok
 
-    def suffixes(self, model: Checkpoint, layer: int) -> list[str]:
-        parts = map(split_layer, model.tensors)
-        return [
-            suffix for prefix, index, suffix in parts if (prefix, index) == (model.stack, layer)
-        ]
+    def suffixes(self, slice: Slice, k: int) -> list[str]:
+        """Names within a layer that any source has in the k-th layer of the slice."""
+        names: dict[str, None] = {}
+        for source in slice.sources:
+            model = self.checkpoints[source.model]
+            layer = (model.stack, (source.layers or (0, 0))[0] + k)
+            names |= {s: None for p, i, s in map(split_layer, model.tensors) if (p, i) == layer}
+        return list(names)
 
     def outside(self) -> list[Planned | None]:
         result = []
@@ -209,7 +224,7 @@ class _Planner:
         for source, wanted in sources:
             tensor = self.find(self.checkpoints[source.model], wanted)
             if tensor is None:
-                self.problems.add(
+                self.misfits.setdefault(f"missing in {source.model}", []).append(
                     f"model {source.model}: tensor {wanted} is missing, but another model has it. "
                     "Only models of one architecture can be merged."
                 )
@@ -249,7 +264,7 @@ class _Planner:
                     "Merge models that share one tokenizer."
                 )
             else:
-                self.problems.add(
+                self.misfits.setdefault("shapes", []).append(
                     f"tensor {name}: shapes differ: {listing}. "
                     "Only models of one architecture and size can be merged."
                 )

@@ -37,6 +37,15 @@ def bar(what: str, total: float) -> Iterator[Bar]:
         yield Bar(progress, progress.add_task(what, total=total))
 
 
+def size(count: float) -> str:
+    """Bytes for people: '1.23 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def say(text: str) -> None:
     """Print one line for people, on stderr."""
     console.print(text, markup=False)

@@ -15,7 +15,7 @@ from mergelab.checkpoint import DTYPES
 from mergelab.errors import nearest
 from mergelab.methods import METHODS
 from mergelab.methods.base import Method, Parameter
-from mergelab.yamlfile import Map, Reader, Seq, as_number, load
+from mergelab.yamlfile import Map, Reader, Seq, as_number, parse, read
 
 TOP_KEYS = (
     "merge_method",
@@ -101,9 +101,9 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe. Raises UserError with every mistake, each with file and line."""
-    top = load(path)
+    text = read(path)
     reader = _RecipeReader(path)
-    recipe = reader.recipe(top)
+    recipe = reader.recipe(parse(text, path), text)
     reader.problems.raise_if_any()
     assert recipe is not None
     return recipe
@@ -112,7 +112,7 @@ def load_recipe(path: Path) -> Recipe:
 class _RecipeReader(Reader):
     method: Method | None = None
 
-    def recipe(self, top: Map) -> Recipe | None:
+    def recipe(self, top: Map, text: str) -> Recipe | None:
         for key in LATER:
             if key in top:
                 self.wrong(top.lines[key], f"'{key}' is not supported yet.")
@@ -127,7 +127,7 @@ class _RecipeReader(Reader):
             return None
         recipe = Recipe(
             self.path,
-            self.path.read_text(encoding="utf-8"),
+            text,
             self.method,
             base,
             slices,
@@ -169,6 +169,9 @@ class _RecipeReader(Reader):
         if ("models" in top) == ("slices" in top):
             self.wrong(1, "a recipe needs either 'models' or 'slices'.")
             return ()
+        listed = "models" if "models" in top else "slices"
+        if not self.seq(top, listed):
+            self.wrong(top.lines[listed], f"'{listed}' is empty.")
         if "models" in top:
             sources = tuple(self.source(m, ranged=False) for m in self.maps(top, "models"))
             return (Slice(sources, {}, top.lines["models"]),)
@@ -278,7 +281,7 @@ class _RecipeReader(Reader):
             return
         for slice in recipe.slices:
             names = [source.model for source in slice.sources]
-            for name in {n for n in names if names.count(n) > 1}:
+            for name in dict.fromkeys(n for n in names if names.count(n) > 1):
                 self.wrong(slice.line, f"model {name} is listed twice in one slice.")
             if not recipe.whole and method.base == "needed" and recipe.base not in names:
                 self.wrong(slice.line, f"this slice does not list the base_model {recipe.base}.")

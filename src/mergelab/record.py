@@ -48,7 +48,7 @@ def canonical(value: Any) -> str:
 
 def digest(value: Any) -> str:
     """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return hashlib.sha256(canonical(value).encode(errors="backslashreplace")).hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -68,7 +68,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted keys, one-space indent, final newline) atomically."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def write_record(path: Path, value: Any) -> None:

@@ -83,7 +83,7 @@ def task_config(study: Study, bench: Benchmark, results: Path) -> dict[str, Any]
 
     Files in the study's folder tasks/ come before the package's. Without `data` the file's own
     dataset_path stands, which must then be a hub dataset at a pinned revision."""
-    config = _task_file(study, bench)
+    config = task_file(study, bench)
     config |= {"task": bench.name, "num_fewshot": bench.num_fewshot}
     where = f"{study.folder}/study.yaml: benchmark '{bench.name}'"
     if config.get("output_type") not in KINDS or not config.get("metric_list"):
@@ -107,7 +107,7 @@ def task_config(study: Study, bench: Benchmark, results: Path) -> dict[str, Any]
     return config
 
 
-def _task_file(study: Study, bench: Benchmark) -> dict[str, Any]:
+def task_file(study: Study, bench: Benchmark) -> dict[str, Any]:
     """The task's YAML as plain data; custom tags such as !function are refused."""
     folders = [study.folder / "tasks", TASKS]
     for folder in folders:

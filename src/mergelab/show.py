@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mergelab.methods.base import Method, Parameter
+from mergelab.progress import size
 
 out = Console(highlight=False)
 
@@ -24,14 +25,16 @@ def plan(description: dict[str, Any]) -> None:
     out.print(inputs)
     memory = description["bytes_memory"]
     out.print(
-        f"\nreads  {_size(description['bytes_in'])}\n"
-        f"writes {_size(description['bytes_out'])}: {description['tensors']} tensors, "
+        f"\nreads  {size(description['bytes_in'])}\n"
+        f"writes {size(description['bytes_out'])}: {description['tensors']} tensors, "
         f"{', '.join(description['dtypes'])}, {len(description['files'])} file(s)\n"
-        f"memory about {_size(memory)} per worker"
+        f"memory about {size(memory)} per worker"
     )
     for warning in description["warnings"]:
         out.print(Text(f"note: {warning}"))
-    groups = Table("tensors", "parameters", box=None, pad_edge=False)
+    groups = Table(
+        "tensors (first … last by name, how many)", "parameters", box=None, pad_edge=False
+    )
     for group in description["groups"]:
         names = group["tensors"]
         label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
@@ -52,15 +55,6 @@ def _pairs(values: dict[str, Any]) -> str:
     )
 
 
-def _size(count: int) -> str:
-    number = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
-
-
 def methods(table: Sequence[Method], *, full: bool) -> None:
     """Print merge methods: one line each, or everything about one."""
     if not full:
@@ -76,10 +70,14 @@ def methods(table: Sequence[Method], *, full: bool) -> None:
 
 def _method(method: Method) -> None:
     out.print(f"[bold]{method.name}[/] (version {method.version})\n{method.summary}\n")
-    needs = {"needed": "needs a base_model", "ordinary": "base_model is a model like the others"}
     least, most = method.experts
     count = f"{least}" if least == most else f"{least} or more"
-    out.print(f"Models: {count}; {needs.get(method.base, 'takes no base_model')}.\n")
+    models = {
+        "needed": f"base_model and {count} other (the base may be listed, too)",
+        "ordinary": f"{count}; base_model, if given, lends its config and tokenizer",
+        "none": f"{count} per slice",
+    }
+    out.print(f"Models: {models[method.base]}.\n")
     rows = Table("parameter", "where", "default", "meaning", box=None, pad_edge=False)
     for parameter in method.parameters:
         where = "per model" if parameter.per_model else "whole merge"

@@ -15,6 +15,7 @@ from typing import Any
 from mergelab import (
     datasets,
     detectors,
+    engine,
     evidence,
     hub,
     locate,
@@ -24,12 +25,10 @@ from mergelab import (
     statistics,
     training,
 )
-from mergelab.errors import Problems, UserError
+from mergelab.errors import Problems, UserError, nearest
 from mergelab.recipe import Recipe, load_recipe
 from mergelab.record import digest, file_sha256
 from mergelab.study import Study
-
-MERGE_VERSION = 1  # of engine and plan; methods have versions of their own
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Steps:
         self.study = study
         self.all: dict[tuple[str, str], Step] = {}
         self.recipes = _load_all(study.recipes)
+        _check_outside(study)
         for name in study.datasets:
             self.data(name)
         for name in (*study.models, *self.recipes):
@@ -126,7 +126,7 @@ class Steps:
         if name in above:
             circle = " > ".join((*above, name))
             raise UserError(f"{recipe.path}: recipes use each other in a circle: {circle}.")
-        needs, content = [], [recipe.text, recipe.method.version, MERGE_VERSION]
+        needs, content = [], [recipe.text, recipe.method.version, engine.VERSION]
         for model in recipe.models:
             if model.startswith(locate.PREFIX):
                 other = model.removeprefix(locate.PREFIX)
@@ -135,8 +135,8 @@ class Steps:
                 needs.append(self.merge(other, (*above, name)))
             elif model in self.study.models:
                 needs.append(self.variant(model))
-            elif Path(model).expanduser().is_dir():
-                content.append(models.fingerprint(Path(model).expanduser()))
+            elif local := locate.local_folder(model):
+                content.append(models.fingerprint(local))
             elif locate.is_hub_id(model):
                 content.append(hub.resolve(model, self.study.lock).commit)
             else:
@@ -165,6 +165,34 @@ class Steps:
         known = [detectors.VERSION, statistics.VERSION]
         known += [method.version for method in detectors.DETECTORS.values()]
         self.add("detect", name, [checks, known], needs)
+
+
+def _check_outside(study: Study) -> None:
+    """Do the tasks, detectors, local models and local items that study.yaml names exist?"""
+    problems, where = Problems(), study.folder / "study.yaml"
+    for bench in study.suite:
+        try:
+            scores.task_file(study, bench)
+        except UserError as error:
+            problems.add(str(error))
+    for check in study.contamination:
+        for name in check.detectors:
+            if name not in detectors.DETECTORS:
+                hint = nearest(name, detectors.DETECTORS)
+                known = ", ".join(detectors.DETECTORS)
+                problems.add(f"{where}: there is no detector '{name}'.{hint}\n  Known: {known}.")
+    for name, model in study.models.items():
+        if model.path is not None:
+            try:
+                models.existing(study, name, Path())
+            except UserError as error:
+                problems.add(str(error))
+    for name, dataset in study.datasets.items():
+        for file in dataset.files if dataset.path is not None else ():
+            path = study.folder / Path(str(dataset.path)).expanduser() / file
+            if not path.is_file():
+                problems.add(f"{where}: dataset '{name}': {path}: no such file.")
+    problems.raise_if_any()
 
 
 def _load_all(paths: Iterable[Path]) -> dict[str, Recipe]:

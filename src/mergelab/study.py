@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import nearest
-from mergelab.yamlfile import Map, Reader, load
+from mergelab.yamlfile import REQUIRED, Map, Reader, load
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -85,7 +85,7 @@ class Model:
     @property
     def kind(self) -> str:
         """Where the model comes from: train, hub, path or gguf."""
-        return next(kind for kind in SOURCES if getattr(self, kind) is not None)
+        return next(kind for kind in SOURCES if getattr(self, kind) is not None)  # one_of saw to it
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,11 @@ def load_study(folder: Path) -> Study:
         models={n: reader.model(n, m) for n, m in reader.named(top, "models")},
         suite=tuple(reader.benchmark(m) for m in reader.maps(top, "suite", None)),
         contamination=tuple(reader.check(m) for m in reader.maps(top, "contamination", None)),
-        recipes=tuple(sorted(p for p in folder.glob("*.yaml") if p.name != "study.yaml")),
+        recipes=tuple(sorted(p for p in folder.glob("[!.]*.yaml") if p.name != "study.yaml")),
     )
+    for text in (study.name, *(recipe.stem for recipe in study.recipes)):
+        if not NAME.match(text):
+            reader.wrong(1, f"'{text}': names of folder and recipes: letters, digits, _ . - only.")
     reader.problems.raise_if_any()
     _References(reader, top, study).check()
     reader.problems.raise_if_any()
@@ -179,6 +182,13 @@ class _StudyReader(Reader):
                 self.wrong(section.lines[name], f"'{name}' must be a mapping (key: value).")
         return [(name, value) for name, value in section.items() if isinstance(value, Map)]
 
+    def name(self, map: Map, key: str, default: Any) -> Any:
+        value = self.text(map, key, default)
+        if value is not None and not NAME.match(value):
+            line = map.lines.get(key, map.line)
+            self.wrong(line, f"'{value}' is no name: use letters, digits, _ . -")
+        return value
+
     def sha256(self, map: Map) -> str:
         value = self.text(map, "sha256")
         if value is not None and not SHA256.match(value):
@@ -193,7 +203,7 @@ class _StudyReader(Reader):
         return Wheel(str(requirement), self.sha256(map))
 
     def one_of(self, map: Map, kinds: tuple[str, ...], what: str) -> None:
-        given = [kind for kind in kinds if kind in map]
+        given = [kind for kind in kinds if map.get(kind) is not None]
         if len(given) != 1:
             self.wrong(map.line, f"{what} needs exactly one of {', '.join(kinds)}.")
 
@@ -202,6 +212,8 @@ class _StudyReader(Reader):
         self.one_of(map, ("wheel", "path", "hub"), f"dataset '{name}'")
         parts = self.map(map, "parts")
         for part, size in parts.items():
+            if not NAME.match(part):
+                self.wrong(parts.lines[part], f"'{part}' is no name: use letters, digits, _ . -")
             if size != "rest" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 self.wrong(parts.lines[part], f"part '{part}' must be a number of items or 'rest'.")
         return Dataset(
@@ -262,9 +274,7 @@ class _StudyReader(Reader):
     def benchmark(self, map: Map) -> Benchmark:
         self.keys(map, ("name", "task", "data", "limit", "num_fewshot"), "a benchmark")
         task = self.text(map, "task")
-        name = self.text(map, "name", task)
-        if name is not None and not NAME.match(name):
-            self.wrong(map.lines.get("name", map.line), f"'{name}' is no name for a benchmark.")
+        name = self.name(map, "name", task)
         limit = self.count(map, "limit", None, least=1)
         data = self.text(map, "data", None)
         return Benchmark(name, task, data, limit, self.count(map, "num_fewshot", 0))
@@ -273,7 +283,7 @@ class _StudyReader(Reader):
         known = ("benchmark", "base", "suspects", "controls", "detectors", "planted")
         self.keys(map, known, "a contamination check")
         return Check(
-            self.text(map, "benchmark"),
+            self.name(map, "benchmark", REQUIRED),
             self.text(map, "base"),
             self.text(map, "suspects"),
             self.text(map, "controls"),
@@ -299,16 +309,17 @@ class _References:
                 self.known(model.gguf.wheel, study.wheels, "wheel", line)
             if model.train:
                 self.training(name, model.train, line)
-        for bench, map in zip(study.suite, sections.get("suite", ()), strict=True):
+        for bench, map in zip(study.suite, sections.get("suite") or (), strict=True):
             if bench.data is not None:
                 self.part(bench.data, map.line)
         for key, names in (
             ("suite", [bench.name for bench in study.suite]),
             ("contamination", [check.benchmark for check in study.contamination]),
         ):
-            for name in {n for n in names if names.count(n) > 1}:
+            for name in dict.fromkeys(n for n in names if names.count(n) > 1):
                 self.reader.wrong(sections.lines[key], f"'{name}' stands twice in '{key}'.")
-        for check, map in zip(study.contamination, sections.get("contamination", ()), strict=True):
+        checks = sections.get("contamination") or ()
+        for check, map in zip(study.contamination, checks, strict=True):
             self.part(check.suspects, map.line)
             self.part(check.controls, map.line)
             for model_name in (check.base, *check.planted):

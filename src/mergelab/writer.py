@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,13 @@ import numpy as np
 
 from mergelab.checkpoint import BITS, SINGLE, Tensor
 from mergelab.errors import UserError
+from mergelab.folders import sync
 from mergelab.methods.base import Settings
 from mergelab.methods.sparsify import random_key
+from mergelab.progress import size
 
 RECORD = "merge.json"
+LONGEST = 200  # characters of a folder's name; working names beside it are longer
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Planned:
         return (*([self.base] if self.base else []), *self.experts)
 
     def keys(self, seed: int) -> tuple[int, ...]:
-        """One random key per expert, from seed, model name (without revision) and tensor name."""
-        return tuple(random_key(seed, m.partition("@")[0], self.name) for m in self.models)
+        """One random key per expert, from seed, model as the recipe names it, and tensor name."""
+        return tuple(random_key(seed, model, self.name) for model in self.models)
 
 
 def lay_out(
@@ -107,44 +110,68 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{out}: the merge needs {needed / 1e9:,.3f} GB, but only {free / 1e9:,.3f} GB of disk "
-            "are free there. Free some space or choose another folder with -o."
+            f"{out}: the merge needs {size(needed)}, but only {size(free)} of disk are free "
+            "there. Free some space or choose another folder with -o."
         )
 
 
-def check_target(out: Path) -> None:
-    """Raise UserError if `out` is something that a merge must not replace."""
+def check_target(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise UserError if a model cannot be put at `out`, or must not: over an input, say."""
     if out.name in ("", ".."):
         raise UserError(f"{out}: write the folder's own name after -o.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file. Choose a folder with -o.")
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+    if len(out.name) > LONGEST:
+        raise UserError(f"{out}: this name is too long. Choose a shorter one with -o.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise UserError(f"{out}: cannot be made: {out.parent} is not writable.")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is a file. Choose a folder with -o.")
+        here = out.resolve()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made: {error.strerror}. Choose another -o.") from None
+    for folder in (path.resolve() for path in inputs):
+        if here == folder or here in folder.parents or folder in here.parents:
+            raise UserError(f"{out}: overlaps an input, {folder}. Choose another folder with -o.")
+    check_replaceable(out)
+
+
+def check_replaceable(out: Path) -> bool:
+    """Is there an earlier merge at `out`? Raises UserError if there is anything else."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    try:
+        files = json.loads((out / RECORD).read_bytes())["outputs"]["files"]
+        ours = {RECORD, *(file["name"] for file in files)}
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{out}: is not empty and holds no {RECORD}, so it is no earlier merge. "
             "Choose another folder with -o, or delete it."
+        ) from None
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours and p.name[0] != ".")
+    if others:
+        raise UserError(
+            f"{out}: holds {', '.join(others[:3])}, which no merge wrote and a new merge would "
+            "delete. Move it away, or choose another folder with -o."
         )
+    return True
 
 
 @contextmanager
-def open_shards(
+def shards(
     folder: Path, headers: Mapping[str, bytes], tensors: tuple[Planned, ...]
-) -> Iterator[dict[str, int]]:
-    """Preallocate every shard, write its header, and give file descriptors by file name.
-
-    On leaving without an error all are fsynced."""
-    handles: dict[str, int] = {}
-    try:
-        for file, header in headers.items():
-            size = len(header) + sum(t.nbytes for t in tensors if t.file == file)
-            handles[file] = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            os.posix_fallocate(handles[file], 0, size)
-            write_at(handles[file], header, 0)
-        yield handles
-        for handle in handles.values():
-            os.fsync(handle)
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+) -> Iterator[None]:
+    """Preallocate every shard and write its header; on leaving without an error fsync all."""
+    sizes = {file: len(header) for file, header in headers.items()}
+    for tensor in tensors:
+        sizes[tensor.file] += tensor.nbytes
+    for file, header in headers.items():
+        with (folder / file).open("xb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, sizes[file])
+            write_at(stream.fileno(), header, 0)
+    yield
+    for file in headers:
+        sync(folder / file)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mergelab.errors import Problems, UserError, nearest
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 MAX_DEPTH = 40
+MERGE = "tag:yaml.org,2002:merge"
 REQUIRED: Any = object()
 
 
@@ -32,27 +33,35 @@ class Seq(list[Any]):
 
 
 def load(path: Path) -> Map:
-    """Read a YAML file whose top level is a mapping.
+    """Read a YAML file whose top level is a mapping. Raises as `read` and `parse` do."""
+    return parse(read(path), path)
 
-    Raises UserError if it is missing, larger than 1 MB, no YAML, nested deeper than 40 levels,
-    expands to more than 100,000 nodes (a YAML bomb), repeats a key, or holds a custom tag."""
+
+def read(path: Path) -> str:
+    """The text of a file, line ends untouched.
+
+    Raises UserError if it is missing, unreadable, not UTF-8, or larger than 1 MB."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, too large for a recipe.")
-        text = path.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Check the path.") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    return parse(text, path)
 
 
 def parse(text: str, path: Path) -> Map:
-    """Parse YAML text; `path` only serves the messages. Raises as `load` does."""
-    loader = yaml.SafeLoader(text)
+    """Parse YAML text; `path` only serves the messages.
+
+    Raises UserError if it is no YAML, nested deeper than 40 levels, expands to more than 100,000
+    nodes (a YAML bomb), or repeats a key. Tags make no objects: only plain data comes out."""
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             raise UserError(f"{path}: is empty.")
@@ -96,22 +105,47 @@ class _Builder:
             seq = Seq(self.build(child, depth + 1) for child in node.value)
             seq.line, seq.lines = line, [child.start_mark.line + 1 for child in node.value]
             return seq
-        return self.loader.construct_object(node)
+        return self.scalar(node)
+
+    def scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
+            line = node.start_mark.line + 1
+            raise UserError(
+                f"{self.path}:{line}: {str(node.value)[:40]!r} is not a value of its type. "
+                "Write it between quotes if it is text."
+            ) from None
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> Map:
         result = Map()
         result.line, result.lines = node.start_mark.line + 1, {}
-        written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for name in {n for n in written if isinstance(n, str) and written.count(n) > 1}:
-            raise UserError(f"{self.path}:{result.line}: the key '{name}' is given twice.")
-        self.loader.flatten_mapping(node)
+        inherited: dict[str, Any] = {}
         for key, child in node.value:
-            name = self.loader.construct_object(key)
-            if not isinstance(name, str):
-                name = str(key.value)
+            if key.tag == MERGE:
+                self._inherit(child, depth, inherited)
+                continue
+            name = self.scalar(key) if isinstance(key, yaml.ScalarNode) else None
+            name = name if isinstance(name, str) else str(key.value)[:80]
+            if name in result:
+                line = key.start_mark.line + 1
+                raise UserError(f"{self.path}:{line}: the key '{name}' is given twice.")
             result[name] = self.build(child, depth + 1)
             result.lines[name] = key.start_mark.line + 1
+        for name, value in inherited.items():
+            if name not in result:
+                result[name], result.lines[name] = value, result.line
         return result
+
+    def _inherit(self, node: yaml.Node, depth: int, into: dict[str, Any]) -> None:
+        """The keys of `<<: *anchor` or `<<: [*one, *two]`; the first to give a key wins."""
+        for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            built = self.build(source, depth + 1)
+            if not isinstance(built, Map):
+                line = source.start_mark.line + 1
+                raise UserError(f"{self.path}:{line}: '<<' needs a mapping (key: value).")
+            for name, value in built.items():
+                into.setdefault(name, value)
 
 
 class Reader:
@@ -128,13 +162,11 @@ class Reader:
     def keys(self, map: Map, known: Iterable[str], what: str) -> None:
         """Note every key of `map` that is not known, with the nearest right one."""
         known = list(known)
-        for key in map:
-            if key not in known:
-                hint = nearest(key, known)
-                takes = ", ".join(known)
-                self.wrong(
-                    map.lines[key], f"{what} has no key '{key}'.{hint}\n  {what} takes: {takes}."
-                )
+        takes = f"\n  {what} takes: {', '.join(known)}."
+        for key in [key for key in map if key not in known]:
+            hint = nearest(key, known)
+            self.wrong(map.lines[key], f"{what} has no key '{key}'.{hint}{takes}")
+            takes = ""
 
     def get(self, map: Map, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         """The value of a key if it has the type; else a mistake is noted and default returned."""
@@ -152,8 +184,11 @@ class Reader:
         return value
 
     def text(self, map: Map, key: str, default: Any = REQUIRED) -> Any:
-        """A string; plain numbers and dates count as their text."""
-        return self.get(map, key, str, default)
+        """A string that is not empty."""
+        value = self.get(map, key, str, default)
+        if value == "" and key in map:
+            self.wrong(map.lines[key], f"'{key}' is empty.")
+        return value
 
     def number(self, map: Map, key: str, default: Any = REQUIRED) -> Any:
         """A finite float; '1e-5', which YAML 1.1 reads as text, counts as the number."""

@@ -16,4 +16,4 @@ rule data:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} data {params.study} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} data {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

@@ -16,7 +16,7 @@ rule probe:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} probe {params.study} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} probe {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"
 
 
 rule detect:
@@ -37,4 +37,4 @@ rule detect:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} detect {params.study} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} detect {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

@@ -16,4 +16,4 @@ rule evaluate:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} evaluate {params.study} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} evaluate {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

@@ -17,4 +17,4 @@ rule merge:
         study=STUDY,
         results=RESULTS,
     shell:
-        "{params.mergelab} merge {params.study}/{wildcards.name}.yaml -o {params.results}/merged/{wildcards.name} --workers {threads} --record {output} 2> {log}"
+        "{params.mergelab} merge {params.study:q}/{wildcards.name:q}.yaml -o {params.results:q}/merged/{wildcards.name:q} --workers {threads} --record {output:q} 2> {log:q}"

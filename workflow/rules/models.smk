@@ -16,7 +16,7 @@ rule fetch:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} fetch {params.study} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} fetch {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"
 
 
 rule train:
@@ -37,4 +37,4 @@ rule train:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} train {params.study} {wildcards.name} --record {output} 2> {log}"
+        "{params.mergelab} train {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

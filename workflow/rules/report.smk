@@ -16,4 +16,4 @@ rule report:
         mergelab=MERGELAB,
         study=STUDY,
     shell:
-        "{params.mergelab} report {params.study} --record {output} 2> {log}"
+        "{params.mergelab} report {params.study:q} --record {output:q} 2> {log:q}"

@@ -134,7 +134,7 @@ TIES = Method(
 
 DARE_LINEAR = Method(
     "dare_linear",
-    2,
+    3,
     "Drops entries of each task vector at random, rescales the rest, adds them to the base.",
     "needed",
     (1, None),
@@ -148,7 +148,7 @@ DARE_LINEAR = Method(
 
 DARE_TIES = Method(
     "dare_ties",
-    1,
+    2,
     "Drops entries of each task vector at random, rescales the rest, then merges as TIES does.",
     "needed",
     (1, None),
