@@ -312,7 +312,7 @@ def test_headline_claims_nothing_when_nothing_is_settled(data: dict) -> None:
                     row[other]["verdict"] = "unsettled"
     first, second, *_ = headlines.headlines(changed)
     assert first.startswith("No merge can be told apart from base on any benchmark")
-    assert second.startswith("No merge beats the best of its parents on any benchmark: in 0 of 12")
+    assert second.startswith("No merge beats the best of its parents on any benchmark: everywhere")
 
 
 def test_flags_follow_q_over_all_findings(data: dict) -> None:
@@ -335,8 +335,11 @@ def test_hostile_names_and_texts_are_escaped(tmp_path: Path) -> None:
     study, results = make_results(tmp_path)
     evil = "<script>alert(1)<x>"
     recipe = RECIPES["linear"].replace("model: math", f"model: '{evil}'") + "# $x$ </pre>\n"
-    (study.folder / f"{evil}.yaml").write_text(recipe)
+    (study.folder / "evil.yaml").write_text(recipe)
     study = replace(load_study(study.folder), title=evil, about='"><img src=x onerror=y>')
+    hostile = study.folder / f"{evil}.yaml"  # a study refuses this name; the page must not need it
+    hostile.write_text(recipe)
+    study = replace(study, recipes=(*study.recipes, hostile))
     shutil.copy(results / "scores/linear.json", results / f"scores/{evil}.json")
     path = results / "findings" / "math.json"
     path.write_text(path.read_text().replace("nats per token", "<script>nats"))

@@ -71,9 +71,10 @@ def merges_against_parents(data: Mapping[str, Any], merges: Sequence[str]) -> st
             f"{len(better)} of {len(cells)} comparisons of a merge with its best parent favour "
             f"the merge: {told}{more}; {len(worse)} favour the parent."
         )
+    found = f"in {len(worse)} of {len(cells)} comparisons the parent is better, in the others "
     return (
-        f"No merge beats the best of its parents on any benchmark: in {len(worse)} of "
-        f"{len(cells)} comparisons the parent is better, in the others the 95 % CI includes 0."
+        "No merge beats the best of its parents on any benchmark: "
+        f"{found if worse else 'everywhere '}the 95 % CI includes 0."
     )
 
 

@@ -144,7 +144,7 @@ def _source(model: Model, study: Study, lock: Mapping[str, Any]) -> dict[str, st
         wheel = study.wheels[model.gguf.wheel].requirement if model.gguf.wheel else None
         where = f"{wheel}, {model.gguf.file}" if wheel else str(model.gguf.path)
         return {"source": f"GGUF: {where}", "pin": f"sha256 {model.gguf.sha256}"}
-    return {"source": f"local folder: {model.path}", "pin": "not pinned"}
+    return {"source": f"local folder: {model.path}", "pin": "local folder: the hashes tell which"}
 
 
 def _training(train: Training) -> str:

@@ -21,7 +21,7 @@ from mergelab.provenance import read_json
 from mergelab.record import file_sha256, write_bytes, write_json
 from mergelab.study import Study
 
-VERSION = 1  # of the page: figures, headlines, tables and template included
+VERSION = 2  # of the page: figures, headlines, tables and template included
 
 ORDER = ("base", "expert", "merge")
 INPUTS = ("scores/*.json", "scores/*/*.jsonl", "findings/*.json", "merged/*/merge.json")
@@ -252,7 +252,10 @@ def _commands(study: Study) -> list[str]:
     """What re-creates this page from a clone of the repository."""
     if study.name == "demo":
         return ["make demo"]
-    return ["make install", f".venv/bin/snakemake --config study={study.name}"]
+    local = [str(m.path) for m in study.models.values() if m.path]
+    local += [str(d.path) for d in study.datasets.values() if d.path]
+    needs = [f"# with recipes/{study.name}" + (f" and {', '.join(local)}" if local else "")]
+    return [*needs, "make install", f".venv/bin/snakemake --config study={study.name}"]
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
