@@ -94,6 +94,10 @@ def test_a_study_runs_to_its_report_and_only_changes_are_done_again(project: Pat
     record = json.loads((results / "merged/one/merge.json").read_text())
     assert "weight: 0.25" in record["recipe"]["text"]
 
+    by_hand = ("merge", "recipes/tiny/two.yaml", "-o", "results/tiny/merged/two")
+    subprocess.run([sys.executable, "-m", "mergelab.cli", *by_hand], cwd=project, check=True)
+    assert planned(project) == (chain | other | page) - {"merge-one"}
+
 
 def test_a_mistake_in_a_recipe_stops_the_run_before_anything_starts(project: Path) -> None:
     recipe = project / "recipes/tiny/one.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import os
 import re
@@ -313,9 +312,9 @@ def _known(name: str, names: Any, what: str, study: Any) -> None:
 
 def _forget(place: Path, verb: str, name: str) -> None:
     """Delete a step's records before its result changes: a run by hand makes it out of date."""
-    for old in (place / "records").glob(f"{verb}-{glob.escape(name)}.*.json"):
-        if re.fullmatch(r"[0-9a-f]{12}", old.name.split(".")[-2]):
-            old.unlink(missing_ok=True)
+    from mergelab.record import forget
+
+    forget(place / "records", f"{verb}-{name}")
 
 
 def _record(path: Path | None, value: dict[str, Any]) -> None:

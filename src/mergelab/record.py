@@ -75,10 +75,16 @@ def write_record(path: Path, value: Any) -> None:
     """Write a record; one named NAME.<12-hex key>.json replaces those of NAME under other keys."""
     write_json(path, value)
     keyed = KEYED.fullmatch(path.name)
-    for other in path.parent.iterdir() if keyed else ():
-        match = KEYED.fullmatch(other.name)
-        if keyed and match and match[1] == keyed[1] and other != path:
-            other.unlink(missing_ok=True)
+    if keyed:
+        forget(path.parent, keyed[1], but=path)
+
+
+def forget(folder: Path, name: str, but: Path | None = None) -> None:
+    """Delete the records NAME.<12-hex key>.json of a folder, all but one."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        keyed = KEYED.fullmatch(path.name)
+        if keyed and keyed[1] == name and path != but:
+            path.unlink(missing_ok=True)
 
 
 def packages() -> dict[str, str]:

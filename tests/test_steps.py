@@ -1,0 +1,131 @@
+"""Steps of a study: what they need, and what their keys depend on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import llama, read_model
+from conftest import Run
+
+from mergelab.errors import UserError
+from mergelab.steps import Steps
+from mergelab.study import load_study
+
+STUDY = """\
+title: t
+datasets:
+  d: {path: ., files: [items.jsonl], text: "{{q}}", parts: {x: 1, y: 1}}
+models:
+  base: {path: ../../base}
+  a: {path: ../../a}
+  taught: {train: {start: base, learning_rate: 1, data: [{part: d/x}]}}
+suite:
+- {task: text_nll, data: d/y}
+contamination:
+- {benchmark: d, base: base, suspects: d/x, controls: d/y, detectors: [base_loss]}
+"""
+LINEAR = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: 1}}]\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """recipes/mine with two models, and recipes one (of a) and two (of one)."""
+    for seed, name in enumerate(("base", "a")):
+        llama(tmp_path / name, seed)
+    folder = tmp_path / "recipes/mine"
+    folder.mkdir(parents=True)
+    (folder / "items.jsonl").write_text('{"q": 1}\n{"q": 2}\n')
+    (folder / "study.yaml").write_text(STUDY)
+    (folder / "one.yaml").write_text(LINEAR % "a")
+    (folder / "two.yaml").write_text(LINEAR % "recipe:one")
+    return folder
+
+
+def keys(folder: Path) -> dict[tuple[str, str], str]:
+    return {place: step.key for place, step in Steps(load_study(folder)).all.items()}
+
+
+def changed(folder: Path, before: dict[tuple[str, str], str]) -> set[str]:
+    """Steps whose key is not what it was, as verb-name."""
+    return {"-".join(place) for place, key in keys(folder).items() if before.get(place) != key}
+
+
+def after(*names: str) -> set[str]:
+    verbs = ("evaluate", "probe", "detect")
+    return {f"{verb}-{name}" for name in names for verb in verbs} | {"report-mine"}
+
+
+def test_a_merge_of_a_merge_needs_it(folder: Path) -> None:
+    steps = Steps(load_study(folder)).all
+    assert steps["merge", "two"].needs == (("merge", "one"),)
+    assert steps["merge", "one"].needs == (("fetch", "a"),)
+    assert set(steps["detect", "two"].needs) == {("probe", "two"), ("probe", "base")}
+    assert steps["train", "taught"].needs == (("data", "d"), ("fetch", "base"))
+
+
+def test_a_recipe_reaches_its_merge_and_what_follows_only(folder: Path) -> None:
+    before = keys(folder)
+    (folder / "two.yaml").write_text(LINEAR % "recipe:one" + "# a word\n")
+    assert changed(folder, before) == {"merge-two"} | after("two")
+    before = keys(folder)
+    (folder / "one.yaml").write_text(LINEAR % "a" + "# a word\n")
+    assert changed(folder, before) == {"merge-one", "merge-two"} | after("one", "two")
+
+
+def test_weights_of_a_local_model_reach_everything_made_of_it(folder: Path) -> None:
+    before = keys(folder)
+    llama(folder.parents[1] / "a", seed=7)
+    assert changed(folder, before) == {"fetch-a", "merge-one", "merge-two"} | after(
+        "a", "one", "two"
+    )
+
+
+def test_training_settings_reach_the_trained_model_only(folder: Path) -> None:
+    before = keys(folder)
+    (folder / "study.yaml").write_text(STUDY.replace("learning_rate: 1", "learning_rate: 2"))
+    assert changed(folder, before) == {"train-taught"} | after("taught")
+
+
+def test_items_reach_whatever_reads_them(folder: Path) -> None:
+    before = keys(folder)
+    (folder / "items.jsonl").write_text('{"q": 1}\n{"q": 3}\n')
+    models = ("base", "a", "taught", "one", "two")
+    assert changed(folder, before) == {"data-d", "train-taught"} | after(*models)
+
+
+def test_recipes_that_use_each_other_are_refused(folder: Path) -> None:
+    (folder / "one.yaml").write_text(LINEAR % "recipe:two")
+    with pytest.raises(UserError, match="use each other in a circle: one > two > one"):
+        Steps(load_study(folder))
+    (folder / "one.yaml").write_text(LINEAR % "recipe:three")
+    with pytest.raises(UserError, match="there is no recipe 'three' in this study"):
+        Steps(load_study(folder))
+
+
+def test_a_merge_of_a_merge_runs_in_order(mergelab: Run, folder: Path) -> None:
+    place = folder.parents[1]
+    second = ("merge", "recipes/mine/two.yaml", "-o", "results/mine/merged/two")
+    early = mergelab(*second)
+    assert early.returncode == 2
+    command = "mergelab merge recipes/mine/one.yaml -o results/mine/merged/one"
+    assert f"recipe:one is not merged yet. Run: {command}" in early.stderr
+    assert mergelab(*command.split()[1:]).returncode == 0
+    assert mergelab(*second).returncode == 0
+    got, want = read_model(place / "results/mine/merged/two"), read_model(place / "a")
+    assert all((got[name] == want[name]).all() for name in want)
+
+
+def test_a_verb_run_by_hand_makes_its_record_out_of_date(mergelab: Run, folder: Path) -> None:
+    records = folder.parents[1] / "results/mine/records"
+    records.mkdir(parents=True)
+    names = [f"merge-one.{'0' * 12}.json", f"merge-one.b.{'0' * 12}.json", "data-d.json"]
+    for name in (*names, f"data-d.{'0' * 12}.json"):
+        (records / name).write_text("{}")
+    done = mergelab("merge", "recipes/mine/one.yaml", "-o", "results/mine/merged/one")
+    assert done.returncode == 0
+    assert mergelab("data", "recipes/mine").returncode == 0
+    assert {path.name for path in records.iterdir()} == set(names[1:])
+    parts = json.loads((records.parent / "data/d/x.jsonl").read_text())
+    assert parts["text"] in ("1", "2")
