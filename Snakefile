@@ -25,9 +25,9 @@ localrules:
 
 
 rule all:
-    """The report of the study, and with it everything it shows."""
+    """The report of the study, and every step that it shows."""
     input:
-        RECORDS / STEPS["report", STUDY.name].record,
+        [RECORDS / step.record for step in STEPS.values()],
 
 
 include: "workflow/rules/data.smk"
