@@ -6,9 +6,11 @@ import gzip
 import hashlib
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from loopback_hub import LoopbackHub
 
 from mergelab import datasets, wheels
 from mergelab.errors import UserError
@@ -269,6 +271,132 @@ def test_items_of_a_wheel(offline_pip, tmp_path):
     record = datasets.prepare(made, tmp_path / "results/data")
     assert record["datasets"]["sums"]["source"] == f"wheel tinybench==1.0 sha256:{sha256}"
     assert len(texts(tmp_path / "results")["train"]) == 25
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub, asked through an address with a password; the client's cache is empty."""
+    from huggingface_hub import constants
+
+    with LoopbackHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url.replace("//", "//user:geheim@"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def hub_study(folder: Path, hub_id: str, file: str = "data/a.jsonl") -> Study:
+    """The study of sums whose items come from a hub."""
+    study(folder, ["{}"])
+    document = (folder / "study.yaml").read_text().replace("path: data", f"hub: {hub_id}")
+    (folder / "study.yaml").write_text(document.replace("a.jsonl", file))
+    return load_study(folder)
+
+
+def refusal(made: Study) -> str:
+    """What a failing preparation says; it may tell no secret and write nothing."""
+    with pytest.raises(UserError) as caught:
+        datasets.prepare(made, made.folder / "results/data")
+    assert not (made.folder / "results/data").exists()
+    for secret in ("geheim", "server text", LoopbackHub.token):
+        assert secret not in str(caught.value)
+    return str(caught.value)
+
+
+def test_items_of_a_hub_dataset_come_from_the_pinned_commit(server, tmp_path):
+    lines = "\n".join(json.dumps(row) for row in rows(40)).encode()
+    commit = server.publish("datasets/org/sums", {"data/a.jsonl": lines, "b.jsonl": b"other"})
+    server.publish("datasets/org/sums", {"data/a.jsonl": b"moved on"})
+    made = hub_study(tmp_path, f"org/sums@{commit}")
+    record = datasets.prepare(made, tmp_path / "results/data")
+    assert record["datasets"]["sums"]["source"] == f"hub org/sums@{commit}"
+    assert record["datasets"]["sums"]["items"] == 40
+    assert "geheim" not in json.dumps(record)
+    fetched = {request.rpartition("/")[2] for request in server.requests}
+    assert fetched == {"a.jsonl"}
+    server.stop()
+    assert datasets.prepare(made, tmp_path / "again")["outputs"] == record["outputs"]
+
+
+@pytest.mark.parametrize(
+    ("repo", "commit", "file", "text"),
+    [
+        ("org/summs", None, "a.jsonl", "the hub has no such dataset, or it is private (HTTP "),
+        ("org/sums", "0" * 40, "a.jsonl", "the dataset has no such branch, tag or commit (HTTP "),
+        ("org/sums", None, "b.jsonl", "the hub has no file b.jsonl at this commit (HTTP 404). "),
+        ("org/gated", None, "a.jsonl", "this dataset is gated and the hub refused it (HTTP "),
+    ],
+)
+def test_a_hub_dataset_that_cannot_be_had_is_explained(server, tmp_path, repo, commit, file, text):
+    files = {"a.jsonl": b"{}"}
+    commits = {name: server.publish(f"datasets/org/{name}", files) for name in ("sums", "gated")}
+    server.repos["datasets/org/gated"].gated = True
+    commit = commit or commits.get(repo.removeprefix("org/"), "1" * 40)
+    said = refusal(hub_study(tmp_path, f"{repo}@{commit}", file))
+    assert said.startswith(f"dataset 'sums': {repo}@{commit}: {text}")
+    if repo == "org/gated":
+        assert f"Accept its licence at {server.url}/datasets/org/gated, then run" in said
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusing_hub_tells_its_status_and_no_secret(server, tmp_path, monkeypatch, status):
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    server.status = status
+    assert f"(HTTP {status})" in refusal(hub_study(tmp_path, f"org/sums@{'1' * 40}"))
+
+
+def test_a_hub_that_is_down_is_named_without_its_password(server, tmp_path):
+    server.stop()
+    assert refusal(hub_study(tmp_path, f"org/sums@{'1' * 40}")) == (
+        f"dataset 'sums': org/sums@{'1' * 40}: cannot reach {server.url} (ConnectError). "
+        "Check the network, the proxy and HF_ENDPOINT, then run the command again."
+    )
+
+
+@pytest.mark.parametrize("file", ["../x", "/x", "a/../../x", "a//x", "a\\x"])
+def test_a_file_outside_the_hub_dataset_is_refused_unasked(server, tmp_path, file):
+    assert refusal(hub_study(tmp_path, f"org/sums@{'1' * 40}", file)) == (
+        f"dataset 'sums': {file!r} in 'files' is no path inside org/sums. Write it as data/a.jsonl."
+    )
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("hub_id", ["sums", "org/../sums", f"org/sums@{'1' * 39}"])
+def test_a_hub_dataset_without_name_or_commit_is_refused(server, tmp_path, hub_id):
+    said = refusal(hub_study(tmp_path, hub_id))
+    assert "pin the commit" in said or "is no hub dataset: write org/name@<40-hex commit>." in said
+    assert server.requests == []
+
+
+def test_a_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    study(tmp_path / "study", [])
+    study(tmp_path / "home", [json.dumps(row) for row in rows(40)])
+    document = (tmp_path / "study/study.yaml").read_text().replace("path: data", "path: ~/data")
+    (tmp_path / "study/study.yaml").write_text(document)
+    record = datasets.prepare(load_study(tmp_path / "study"), tmp_path / "results/data")
+    assert record["datasets"]["sums"]["items"] == 40
+
+
+@pytest.mark.parametrize("damage", ["cut", "text missing", "no object", "bad bytes", "too deep"])
+def test_a_damaged_part_is_named_with_its_line(tmp_path, damage):
+    datasets.prepare(
+        study(tmp_path, [json.dumps(row) for row in rows(40)]), tmp_path / "results/demo/data"
+    )
+    part = tmp_path / "results/demo/data/sums/fresh.jsonl"
+    lines = part.read_bytes().splitlines()
+    lines[9] = {
+        "cut": lines[9][:30],
+        "text missing": lines[9].replace(b'"text"', b'"test"'),
+        "no object": b"[1]",
+        "bad bytes": b'{"id": "\xff", "text": "\xff"}',
+        "too deep": b"[" * 100_000,
+    }[damage]
+    part.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        datasets.items(tmp_path / "results/demo", "sums/fresh")
+    assert str(caught.value) == f"{part}:10: is damaged. Run: mergelab data recipes/demo"
 
 
 def test_a_hub_dataset_needs_a_commit(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -142,6 +143,34 @@ def test_different_tokenizers_are_refused_with_both_names(results, tmp_path):
         "Detector 'base_loss' needs a shared tokenizer, but 'foreign'"
     )
     assert "and its base 'base'" in str(error.value)
+
+
+def test_texts_that_begin_with_another_token_are_refused(results, tmp_path):
+    shutil.copytree(results / "clean", tmp_path / "other")
+    path = tmp_path / "other/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "</s>"}))
+    evidence.probe(study(results), "other", tmp_path / "other", results)
+    with pytest.raises(UserError, match="'other' puts token 1 before them and its base 'base' 0"):
+        detectors.detect(study(results), "other", results)
+
+
+def test_damaged_evidence_says_what_to_run(results):
+    path = results / "evidence/torn.safetensors"
+    whole = (results / "evidence/leaky.safetensors").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"torn.safetensors: is damaged\. Run: mergelab probe"):
+        detectors.detect(study(results), "torn", results)
+
+
+def test_items_of_another_length_than_the_bases_are_refused(results):
+    from safetensors.numpy import load_file
+
+    path = results / "evidence/leaky.safetensors"
+    tensors = load_file(path)
+    tensors["d/seen/offsets"][1] -= 1  # a token moves to the next item: whole by itself
+    evidence._write(path.with_name("moved.safetensors"), tensors, evidence.metadata(path))
+    with pytest.raises(UserError, match="hold different numbers of tokens on d/seen"):
+        detectors.detect(study(results), "moved", results)
 
 
 def test_evidence_on_other_items_is_refused(results):

@@ -1,5 +1,7 @@
 """Evidence against direct forward passes of the same tiny model."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,14 @@ def test_evidence_is_made_once(results):
     assert probe(results, results / "m").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("change", ["weights", "items", "tokenizer", "damage", "version"])
+def configure(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "items", "tokenizer", "bos", "length", "damage", "version"]
+)
 def test_evidence_is_made_anew_when_its_inputs_change(results, change, monkeypatch):
     tiny_model(results / "m")
     path = probe(results, results / "m")
@@ -114,6 +123,11 @@ def test_evidence_is_made_anew_when_its_inputs_change(results, change, monkeypat
         write_part(results, "d/fresh", ITEMS[6:])
     elif change == "tokenizer":
         tiny_tokenizer(results / "m", vocab_size=270)
+    elif change == "bos":
+        configure(results / "m", bos_token="</s>")
+    elif change == "length":
+        config = json.loads((results / "m/config.json").read_text())
+        (results / "m/config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     elif change == "version":
         monkeypatch.setattr(evidence, "VERSION", 99)
     else:
@@ -177,5 +191,52 @@ def test_unknown_evidence_is_refused(results):
     path = probe(results, results / "m")
     with pytest.raises(UserError, match="holds nothing on d/other"):
         evidence.load(path, "d/other")
-    with pytest.raises(UserError, match=r"no readable evidence\. Run mergelab probe for 'x'"):
+    with pytest.raises(UserError, match=r"no evidence yet\. Run mergelab probe for 'x'"):
         evidence.load(path.with_name("x.safetensors"), "d/fresh")
+
+
+def spoil(path, kind):
+    """Write the file anew with one thing wrong."""
+    from safetensors import safe_open
+    from safetensors.numpy import load_file
+
+    tensors, about = load_file(path), evidence.metadata(path)
+    with safe_open(str(path), framework="numpy") as file:
+        assert list(file.metadata()) == ["mergelab"]
+    if kind == "list":
+        about = [1]
+    elif kind == "no ids":
+        del about["ids"]
+    elif kind == "no bos":
+        del about["bos"]
+    elif kind == "odd ids":
+        about["ids"]["d/fresh"] = 5
+    elif kind == "an id less":
+        about["ids"]["d/fresh"].pop()
+    elif kind == "a token less":
+        tensors["d/fresh/logprob"] = tensors["d/fresh/logprob"][:-1]
+    elif kind == "no std":
+        del tensors["d/fresh/std"]
+    elif kind == "falling":
+        tensors["d/fresh/offsets"][1] = -3
+    else:
+        tensors["d/fresh/mean"][2] = np.nan
+    evidence._write(path, tensors, about)
+
+
+DAMAGE = (
+    *("list", "no ids", "no bos", "odd ids", "an id less", "a token less", "no std", "falling"),
+    "nan",
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_evidence_is_refused_and_silently_made_anew(results, kind):
+    tiny_model(results / "m")
+    path = probe(results, results / "m")
+    good = path.read_bytes()
+    spoil(path, kind)
+    with pytest.raises(UserError) as error:
+        evidence.load(path, "d/fresh")
+    assert str(error.value) == f"{path}: is damaged. Run: mergelab probe STUDY m"
+    assert probe(results, results / "m").read_bytes() == good

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -447,3 +449,62 @@ def test_two_processes_that_fetch_the_same_model_at_once_both_succeed(server, tm
     assert [path.name for path in out.parent.iterdir()] == ["m"]
     got = [request for request in server.requests if request.startswith("GET /acme")]
     assert len(got) == len(set(got)) == len(KEPT)
+
+
+GOOD = {"id": "acme/odd", "sha": COMMIT, "siblings": []}
+FILE = {"rfilename": "config.json", "size": 2, "blobId": COMMIT}
+ODD = {
+    "list": [],
+    "null": None,
+    "text": "x",
+    "empty": {},
+    "no-commit": {**GOOD, "sha": None},
+    "siblings-number": {**GOOD, "siblings": 3},
+    "siblings-numbers": {**GOOD, "siblings": [3]},
+    "siblings-nameless": {**GOOD, "siblings": [{}]},
+    "size-text": {**GOOD, "siblings": [{**FILE, "size": "2"}]},
+    "lfs-text": {**GOOD, "siblings": [{**FILE, "lfs": "x"}]},
+    "lfs-list": {**GOOD, "siblings": [{**FILE, "lfs": [1]}]},
+    "lfs-hashless": {**GOOD, "siblings": [{**FILE, "lfs": {"size": 2}}]},
+    "date": {**GOOD, "siblings": [FILE], "lastModified": "yesterday"},
+}
+BODIES = {name: json.dumps(answer).encode() for name, answer in ODD.items()}
+BODIES |= {"html": b"<html>server text</html>", "nothing": b"", "deep": b"[" * 100_000}
+
+
+class _OddHandler(BaseHTTPRequestHandler):
+    """Answers every GET with the server's `body`."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+
+@pytest.fixture
+def odd(server, monkeypatch) -> Iterator[ThreadingHTTPServer]:
+    """HF_ENDPOINT is a server that is no hub."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _OddHandler) as odd:
+        threading.Thread(target=odd.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{odd.server_address[1]}")
+        yield odd
+        odd.shutdown()
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_server_that_is_no_hub_is_named(odd, body):
+    odd.body = body
+    url = os.environ["HF_ENDPOINT"]
+    text = f"acme/odd: {url} does not answer like a hub. Check HF_ENDPOINT."
+    assert message(f"acme/odd@{COMMIT}") == text
+
+
+def test_lock_tells_of_a_server_that_is_no_hub_and_writes_nothing(odd):
+    odd.body = b"<html>server text</html>"
+    with pytest.raises(UserError, match="does not answer like a hub"):
+        locked("acme/tiny")
+    assert not Path("recipes/x/lock.json").exists()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mergelab import figures, headlines, lineage, report, statistics
+from mergelab.errors import UserError
 from mergelab.headlines import decimals, listed, signed, small
 from mergelab.study import Study, load_study
 
@@ -413,6 +414,133 @@ def test_metrics_and_plots_hold_the_measured_numbers(demo: tuple[Study, Path]) -
         aucs = {(r["variant"], r["detector"]): float(r["value"]) for r in csv.DictReader(file)}
     assert len(aucs) == 6 * 2
     assert aucs["slerp", "wbc"] == findings[1]["auc"]
+
+
+def test_merges_with_the_same_weights_are_told_to_be_one_result(tmp_path: Path, page: str) -> None:
+    study, results = make_results(tmp_path)
+    linear, slerp = (results / "merged" / n / "merge.json" for n in ("linear", "slerp"))
+    record = json.loads(slerp.read_text())
+    record["outputs"]["tensors"] = json.loads(linear.read_text())["outputs"]["tensors"]
+    slerp.write_text(json.dumps(record))
+    data = report.gather(study, results)
+    assert data["twins"] == [["linear", "slerp"]]
+    told = "linear and slerp have the same weights, byte for byte: "
+    assert f"{told}read them as one result." in data["headlines"]
+    assert f"{told}their rows are one result." in report.page.render(data)
+    assert "have the same weights" not in page
+
+
+def test_what_cannot_be_compared_is_not_called_a_tie(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    path = results / "scores" / "linear" / "math_nll.jsonl"
+    path.write_text(path.read_text().replace('"prompt_hash": "p7"', '"prompt_hash": "other"'))
+    (results / "scores" / "base" / "math_nll.jsonl").unlink()
+    data = report.gather(study, results)
+    bench = data["benchmarks"][0]
+    assert (bench["top"], bench["best"]) == ("math", ["math"])
+    assert bench["not_compared"] == ["base", "linear"]
+    html = report.page.render(data)
+    assert "math (bold) is better than every other variant that can be compared with it." in html
+    assert "no per-sample records): base and linear." in html
+
+
+def test_what_can_be_compared_with_nothing_is_not_best(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    (results / "scores" / "math" / "math_nll.jsonl").unlink()
+    bench = report.gather(study, results)["benchmarks"][0]
+    assert (bench["top"], bench["best"]) == ("math", [])
+    assert len(bench["not_compared"]) == 6
+
+
+def test_the_base_of_task_vectors_is_no_parent_to_beat(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path, {"base": (-0.5, -0.5, 0.9, 0.0)})
+    benches = report.gather(study, results)["benchmarks"]
+    rows = {row["variant"]: row["vs_parent"] for row in benches[0]["rows"]}
+    assert {rows[name]["parent"] for name in RECIPES} == {"math"}
+    assert rows["math"]["parent"] == "base"
+
+
+def test_headlines_say_that_intervals_are_not_corrected(data: dict) -> None:
+    assert "".join(data["headlines"]).count("not corrected for the number of comparisons") == 1
+    assert data["headlines"][1].endswith(headlines.UNCORRECTED)
+
+
+DAMAGE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "not UTF-8": lambda text: b"\xff\xfe" + text,
+    "a number": lambda _: b"3",
+    "empty": lambda _: b"",
+    "NaN": lambda text: text.replace(b": 0.", b': NaN, "x": 0.').replace(b'": "', b'": NaN, "'),
+}
+FILES = {
+    "findings/ties.json": "mergelab detect recipes/demo ties",
+    "scores/ties.json": "mergelab evaluate recipes/demo ties",
+    "scores/ties/math_nll.jsonl": "mergelab evaluate recipes/demo ties",
+    "records/evaluate-ties.0123456789ab.json": " && snakemake --config study=demo",
+    "merged/ties/merge.json": " && mergelab merge recipes/demo/ties.yaml -o ",
+    "lock.json": " && mergelab lock recipes/demo",
+}
+
+
+def damaged_error(study: Study, results: Path, path: Path, content: bytes) -> str:
+    """What the report says while `path` holds `content`."""
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        report.write(study, results)
+    path.write_bytes(whole)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def spare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    study, results = make_results(tmp_path_factory.mktemp("spare"))
+    study.lock.write_text('{"models": {"org/a@main": {"commit": "0123456789abcdef"}}}')
+    return study, results
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_with_the_command_that_remakes_it(
+    spare: tuple[Study, Path], name: str
+) -> None:
+    study, results = spare
+    path = study.lock if name == "lock.json" else results / name
+    for how, damage in DAMAGE.items():
+        if how == "empty" and path.suffix == ".jsonl":
+            continue  # no records: told as a warning
+        error = damaged_error(study, results, path, damage(path.read_bytes()))
+        assert error.startswith(f"{path}: is damaged ("), how
+        assert FILES[name] in error.partition(" Run: ")[2], how
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "why"),
+    [
+        ("findings/ties.json", (1, "p"), "([1].p is missing)"),
+        ("findings/ties.json", (0, "item_scores", "controls"), "controls is missing)"),
+        ("scores/ties.json", ("benchmarks",), "(benchmarks is missing)"),
+        ("scores/ties.json", ("benchmarks", "math_nll", "ci95"), "math_nll.ci95 is missing)"),
+        ("scores/ties.json", ("benchmarks", "math_nll", "ci95", 1), "ci95 has 1 entries, not 2)"),
+        ("merged/ties/merge.json", ("outputs",), "(outputs is missing)"),
+        ("merged/ties/merge.json", ("inputs", 0, "files"), "(inputs[0].files is missing)"),
+    ],
+)
+def test_a_missing_key_is_named(
+    spare: tuple[Study, Path], name: str, keys: tuple, why: str
+) -> None:
+    study, results = spare
+    value = inner = json.loads((results / name).read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    assert why in damaged_error(study, results, results / name, json.dumps(value).encode())
+
+
+def test_a_line_that_is_no_object_is_named(spare: tuple[Study, Path]) -> None:
+    study, results = spare
+    path = results / "scores" / "ties" / "math_nll.jsonl"
+    content = path.read_bytes().replace(b"\n", b"\n[1]\n", 1)
+    assert "(line 2: the whole is not an object)" in damaged_error(study, results, path, content)
 
 
 def test_difference_to_the_base_is_the_one_of_the_summaries(data: dict) -> None:

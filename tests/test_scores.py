@@ -307,6 +307,87 @@ def test_a_hub_dataset_needs_a_pinned_commit(results):
     assert config["dataset_path"] == "allenai/ai2_arc"
 
 
+def own(results, text, name="own"):
+    path = results / "study" / "tasks" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+ARC_TASK = (scores.TASKS / "arc_easy.yaml").read_text()
+NLL_TASK = (scores.TASKS / "text_nll.yaml").read_text()
+ATTACK = "{{cycler.__init__.__globals__.os.system('touch PWNED')}}"
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "doc_to_choice", "description"])
+def test_a_tasks_template_cannot_run_code(model, results, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in ARC_TASK.splitlines() if not line.startswith(key)]
+    path = own(results, "\n".join([*lines, f'{key}: "{ATTACK}"', ""]))
+    with pytest.raises(UserError, match="SecurityError") as error:
+        run(model, results, Benchmark("evil", "own", "arc/test", None, 0))
+    assert str(error.value).startswith(f"{path}: benchmark 'evil'")
+    assert list(tmp_path.iterdir()) == []
+    from lm_eval import utils
+
+    assert not utils.env.sandboxed  # put back as it was
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("test_split", "process_docs: x.y\ntest_split", "'process_docs' is not allowed"),
+        ("test_split", "fewshot_config: {}\ntest_split", "'fewshot_config' is not allowed"),
+        ("test_split", "custom_dataset: x\ntest_split", "'custom_dataset' is not allowed"),
+        ("dataset_path: json", "dataset_path: pandas", "'pandas' is neither json nor ORG/NAME"),
+        ("dataset_path: json", "dataset_path: ../x", "'../x' is neither json nor ORG/NAME"),
+        ("metric: acc_norm", "metric: own/code", "'own/code' is not allowed"),
+        ("metric: acc\n", "metric: acc_norm\n", "the score needs acc. Add it."),
+        ("aggregation: mean", "hf_evaluate: true", "'hf_evaluate' is not allowed"),
+        ("doc_to_choice: choices\n", "", "doc_to_choice is missing"),
+        ("output_type: multiple_choice", "output_type: generate_until", "a task needs output_type"),
+        ("output_type: multiple_choice", "output_type: [x]", "a task needs output_type"),
+        ("aggregation: mean", "aggregation: [mean]", "aggregation: '['mean']' is not allowed"),
+        ("doc_to_text: query", "doc_to_text: [query]", "doc_to_text: must be of type str"),
+    ],
+)
+def test_a_task_may_hold_only_what_is_known(results, old, new, message):
+    assert old in ARC_TASK
+    path = own(results, ARC_TASK.replace(old, new))
+    said = fail(results, Benchmark("x", "own", "arc/test", None, 0))
+    assert said.startswith(f"{path}: ")
+    assert message in said
+
+
+def test_whole_texts_need_the_metrics_of_the_summary(results):
+    path = own(results, NLL_TASK.replace("metric: word_perplexity", "metric: byte_perplexity"))
+    said = fail(results, Benchmark("x", "own", "texts/fresh", None, 0))
+    assert said == f"{path}: metric_list: the score needs word_perplexity. Add it."
+
+
+def test_a_template_that_fails_names_benchmark_and_file(model, results):
+    path = own(results, ARC_TASK.replace("doc_to_text: query", 'doc_to_text: "{{nothing}}"'))
+    with pytest.raises(UserError, match="'nothing' is undefined") as error:
+        run(model, results, Benchmark("mine", "own", "arc/test", None, 0))
+    assert str(error.value).startswith(f"{path}: benchmark 'mine'")
+
+
+@pytest.mark.parametrize("gold", [7, -1, "nowhere"])
+def test_an_answer_that_is_no_choice_names_the_item(model, results, gold):
+    good = [item | {"gold": "2 hours"} for item in ARC] if gold == "nowhere" else ARC
+    write_part(results, "arc/bad", [*good[:3], good[3] | {"gold": gold}])
+    with pytest.raises(UserError, match=rf"item 'q3': the answer '?{gold}'? is neither one of"):
+        run(model, results, Benchmark("bad", "arc_easy", "arc/bad", None, 0))
+    run(model, results, Benchmark("bad", "arc_easy", "arc/bad", 3, 0))  # q3 is not asked
+
+
+def test_an_empty_part_is_refused(results):
+    write_part(results, "arc/empty", [])
+    said = fail(results, Benchmark("x", "arc_easy", "arc/empty", None, 0))
+    assert "benchmark 'x'" in said
+    assert "arc/empty.jsonl holds no items" in said
+
+
 def test_a_broken_model_is_reported_not_scored(results, tmp_path):
     network = tiny_model(tmp_path)
     network.model.norm.weight.data[0] = float("nan")

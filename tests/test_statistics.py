@@ -81,8 +81,11 @@ def test_mann_whitney_is_exact_for_small_samples():
 
 def test_tpr_threshold_lets_at_most_the_asked_share_of_controls_pass():
     controls = np.arange(100.0)
-    assert st.tpr_at_fpr([94.5, 95.5, 200, 0], controls, 0.05) == 0.5
-    assert np.mean(controls > 95) <= 0.05
+    assert st.tpr_at_fpr([94.5, 95.5, 200, 94], controls, 0.05) == 0.75
+    assert np.mean(controls > 94) == 0.05
+    assert st.tpr_at_fpr([57.5, 56.5, 55], np.arange(60.0), 0.05) == pytest.approx(2 / 3)
+    assert st.tpr_at_fpr([18.5, 17.5], np.arange(19.0), 0.05) == 0.5  # not one may pass
+    assert st.tpr_at_fpr([1.0, 2.0], np.ones(20), 0.05) == 0.5  # ties never pass
 
 
 def test_benjamini_hochberg_equals_scipys():

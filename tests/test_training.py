@@ -203,3 +203,72 @@ def test_mistakes_name_the_next_step(tmp_path, model, message):
     with pytest.raises(UserError, match=message):
         run(study, model, tmp_path)
     assert not (tmp_path / "results/sums/models" / model).exists()
+
+
+def test_a_start_model_without_some_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    study = prepared(tmp_path)
+    run(study, "base", tmp_path)
+    path = tmp_path / "results/sums/models/base/model.safetensors"
+    weights = load_file(path)
+    whole = dict(weights)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing .* 'model.layers.1.mlp.up_proj"):
+        run(study, "math", tmp_path)
+    save_file(whole | {"model.norm.weight": whole["model.norm.weight"][:8]}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"of the wrong shape, as 'model.norm.weight'"):
+        run(study, "math", tmp_path)
+    assert not (tmp_path / "results/sums/models/math").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_before_anything_is_saved(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    study = prepared(tmp_path)
+    run(study, "base", tmp_path)
+    path = tmp_path / "results/sums/models/base/model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        run(study, "math", tmp_path)
+    assert str(caught.value) == (
+        "training math: the loss is not finite at step 1; "
+        "lower learning_rate or check the start model."
+    )
+    assert not (tmp_path / "results/sums/models/math").exists()
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_named_with_its_step(norm):
+    training._check_finite([2.0, 1.0], 3.0, "math")
+    with pytest.raises(UserError, match=r"training math: the gradient is not finite at step 2;"):
+        training._check_finite([2.0, 1.0], norm, "math")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1.0e-2", "0", r"study.yaml:16: 'learning_rate' must be above 0 and at most 100, not 0\."),
+        (
+            "1.0e-2",
+            "-1e-3",
+            r"study.yaml:16: 'learning_rate' must be above 0 and at most 100, not '-1e",
+        ),
+        ("1.0e-2", "1.0e+38", r"study.yaml:16: 'learning_rate' must be above 0 and at most 100"),
+        ("1.0e-2", ".nan", r"study.yaml:16: 'learning_rate' must be a number, not nan\."),
+        ("vocab_size: 300", "vocab_size: 3", r"study.yaml:12: 'vocab_size' must be at least 64\."),
+        ("vocab_size: 300", "vocab_size: 3e2", r"study.yaml:12: 'vocab_size' must be an integer"),
+        ("vocab_size: 300", "vocab_size: many", r"study.yaml:12: 'vocab_size' must be an integer"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_with_their_line(tmp_path, old, new, message):
+    folder = prepared(tmp_path).folder
+    document = (folder / "study.yaml").read_text()
+    assert old in document
+    (folder / "study.yaml").write_text(document.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        load_study(folder)

@@ -11,22 +11,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergelab.record import parse_json
 from mergelab.statistics import paired_difference
 from mergelab.study import Benchmark, Study
 
 BITS_PER_BYTE = "bits_per_byte"
 AXES = {BITS_PER_BYTE: "bits per byte", "acc": "accuracy", "acc_norm": "accuracy, by length"}
-
+SCORES = {  # scores/<variant>.json: what the report needs of it
+    "benchmarks": {
+        "*": {
+            "metric": str,
+            "value": int | float,
+            "ci95": [int | float, int | float],
+            "n": int,
+            "higher_is_better": bool,
+            "chance?": int | float | None,
+        }
+    }
+}
 
 Records = list[dict[str, Any]]
 
 
-def read_records(path: Path, metric: str) -> Records | None:
-    """The per-sample records of a benchmark, or None if they are missing or lack the metric."""
+def read_records(path: Path, metric: str, remedy: str) -> Records | None:
+    """The per-sample records of a benchmark, or None if they are missing or lack the metric.
+
+    UserError with `remedy`, the command that remakes them, if a line is damaged."""
     if not path.is_file():
         return None
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     needs = ("nll", "bytes") if metric == BITS_PER_BYTE else (metric,)
+    shape = {"metrics": {f"{key}?": int | float for key in needs}}
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
+    records = [parse_json(line, path, remedy, shape, f"line {i}: ") for i, line in lines if line]
     whole = records and all(key in record["metrics"] for record in records for key in needs)
     return records if whole else None
 
@@ -67,7 +83,11 @@ def benchmark_table(
     first: Mapping[str, Any] = next(iter(entries.values()), {})
     metric, higher = str(first.get("metric", "")), bool(first.get("higher_is_better", True))
     items = {
-        v: read_records(results / "scores" / v / f"{name}.jsonl", metric)
+        v: read_records(
+            results / "scores" / v / f"{name}.jsonl",
+            metric,
+            f"mergelab evaluate recipes/{study.name} {v}",
+        )
         for v in kinds
         if v in entries and entries[v]["metric"] == metric
     }
@@ -96,7 +116,7 @@ def benchmark_table(
         "task_hash": first.get("task_hash"),
         "fingerprints": {v: fingerprint(i) for v, i in items.items() if i is not None},
         "rows": rows,
-        "best": _best(rows, items, metric, higher),
+        **_best(rows, items, metric, higher),
         "differs": _protocol_differences(name, entries, items),
     }
 
@@ -123,18 +143,25 @@ def _best(
     items: Mapping[str, Records | None],
     metric: str,
     higher: bool,
-) -> list[str]:
-    """The variant with the best value and every other one that cannot be told apart from it."""
+) -> dict[str, Any]:
+    """`best`: the variant with the best value and every other one that cannot be told apart from
+    it; `not_compared`: those that cannot be compared with it. Nothing compared, nothing best."""
     known = [row for row in rows if row["value"] is not None]
     if not known:
-        return []
+        return {"top": None, "best": [], "not_compared": []}
     pick = max if higher else min
     top = str(pick(known, key=lambda row: float(row["value"]))["variant"])
     against = {
         str(row["variant"]): compare(items.get(str(row["variant"])), items.get(top), metric, higher)
         for row in known
     }
-    return [v for v, c in against.items() if v == top or c is None or c["verdict"] != "worse"]
+    others = {v: c["verdict"] for v, c in against.items() if c is not None and v != top}
+    best = [v for v in against if v == top or others.get(v, "worse") != "worse"]
+    return {
+        "top": top,
+        "best": best if others else [],
+        "not_compared": [v for v in against if v not in others and v != top],
+    }
 
 
 def _protocol_differences(

@@ -10,6 +10,21 @@ from mergelab.detectors import FLAG_Q, verdict
 from mergelab.statistics import benjamini_hochberg
 from mergelab.study import Study
 
+NUMBER = int | float
+FINDINGS = [  # findings/<variant>.json: what the report needs of it
+    {
+        "benchmark": str,
+        "detector": str,
+        "auc": NUMBER,
+        "auc_ci95": [NUMBER, NUMBER],
+        "p": NUMBER,
+        "tpr_at_5_fpr": NUMBER,
+        "n_suspects": int,
+        "n_controls": int,
+        "item_scores": {"suspects": [NUMBER], "controls": [NUMBER]},
+    }
+]
+
 
 def check_tables(
     study: Study,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mergelab import wheels
+from mergelab import hub, wheels
 from mergelab.errors import UserError, nearest
 from mergelab.progress import bar
 from mergelab.record import canonical, file_entries, packages, write_bytes
@@ -59,11 +59,23 @@ def prepare(study: Study, out: Path) -> dict[str, Any]:
 def items(results: Path, part: str) -> list[Item]:
     """The items of a part such as "gsm8k/fresh", in their fixed order.
 
-    Raises UserError naming the next step if `mergelab data` has not written it."""
+    Raises UserError naming the next step if `mergelab data` has not written it, or not whole."""
     path = results / "data" / f"{part}.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file. Run first: mergelab data recipes/{results.name}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return [_prepared(line, f"{path}:{number}", results) for number, line in lines if line]
+
+
+def _prepared(line: bytes, where: str, results: Path) -> Item:
+    """One item of a part as `prepare` wrote it."""
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError):
+        item = None
+    if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in ("id", "text")):
+        raise UserError(f"{where}: is damaged. Run: mergelab data recipes/{results.name}")
+    return item
 
 
 def split(dataset: Dataset, distinct: list[Item]) -> dict[str, list[Item]]:
@@ -181,7 +193,7 @@ def _read(study: Study, dataset: Dataset, file: str) -> bytes:
 
 
 def _local_file(study: Study, dataset: Dataset, file: str) -> Path:
-    folder = (study.folder / str(dataset.path)).resolve()
+    folder = (study.folder / Path(str(dataset.path)).expanduser()).resolve()
     path = (folder / file).resolve()
     if not path.is_relative_to(folder):
         raise UserError(f"dataset '{dataset.name}': '{file}' points outside {folder}.")
@@ -195,23 +207,10 @@ def _local_file(study: Study, dataset: Dataset, file: str) -> Path:
 
 def _hub_file(dataset: Dataset, file: str) -> Path:
     """One file of a dataset repository of the hub, at its pinned commit."""
-    repository, _, commit = str(dataset.hub).partition("@")
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise UserError(
-            f"dataset '{dataset.name}': pin the commit: hub: {repository}@<40 hexadecimal digits>"
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        found = hf_hub_download(repository, file, repo_type="dataset", revision=commit)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"dataset '{dataset.name}': cannot get {file} of {repository} at {commit}: {reason}\n"
-            "  Check the name and commit; for a gated dataset, accept its terms and set HF_TOKEN."
-        ) from None
-    return Path(found)
+        return hub.dataset_file(str(dataset.hub), file)
+    except UserError as error:
+        raise UserError(f"dataset '{dataset.name}': {error}") from None
 
 
 def _source(study: Study, dataset: Dataset) -> str:

@@ -24,7 +24,7 @@ from mergelab.progress import Bar, bar
 from mergelab.record import canonical, digest, file_entries, packages, write_bytes
 from mergelab.study import Study
 
-VERSION = 1
+VERSION = 2
 ROWS = 256  # positions whose distributions are held at once
 STATISTICS = ("logprob", "mean", "std")
 
@@ -47,9 +47,10 @@ def probe(study: Study, variant: str, folder: Path, results: Path) -> dict[str, 
     with inference.quiet(offline=True):
         tokenizer = inference.load_tokenizer(folder)
         inputs["tokenizer"] = inference.tokenizer_hash(tokenizer)
+        inputs["bos"] = tokenizer.bos_token_id  # both may lie in tokenizer_config.json only
+        inputs["length"] = inference.max_length(folder, tokenizer)
         key = digest({"version": VERSION, "inputs": inputs})
-        known = _read_metadata(path)
-        if known is None or known["key"] != key:
+        if not _holds(path, key):
             loaded = inference.load(checkpoint)
             tensors, tokens = _measure(loaded, items, variant)
             about = {
@@ -57,6 +58,7 @@ def probe(study: Study, variant: str, folder: Path, results: Path) -> dict[str, 
                 "model": variant,
                 "version": VERSION,
                 "tokenizer": inputs["tokenizer"],
+                "bos": inputs["bos"],
                 "dtype": loaded.dtype,
                 "ids": {part: [str(item["id"]) for item in items[part]] for part in items},
                 "tokens": tokens,
@@ -80,39 +82,87 @@ def parts(study: Study) -> list[str]:
 
 def load(path: Path, part: str, statistic: str = "logprob") -> list[Floats]:
     """One float32 array per item of `part`: the tokens' logprob, or the mean or std of log p
-    under the model's own next-token distribution, in nats. Raises UserError if it is not there."""
-    from safetensors import safe_open
+    under the model's own next-token distribution, in nats.
 
-    metadata(path)
-    with safe_open(str(path), framework="numpy") as file:
-        if f"{part}/offsets" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            raise UserError(f"{path}: holds nothing on {part}. Delete it and run mergelab probe.")
-        ends = file.get_tensor(f"{part}/offsets")
-        values: Floats = file.get_tensor(f"{part}/{statistic}")
-    return [values[a:b] for a, b in pairwise(ends)]
+    Raises UserError if it is not there or damaged."""
+    about = metadata(path)
+    if part not in about["ids"]:
+        raise UserError(f"{path}: holds nothing on {part}. Delete it and run mergelab probe.")
+    stored = _read_part(path, part, len(about["ids"][part]))
+    if stored is None:
+        raise _damaged(path)
+    values: Floats = stored[statistic]
+    return [values[a:b] for a, b in pairwise(stored["offsets"])]
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What the file is about: key, model, version, tokenizer (sha256), dtype, ids and tokens
-    (sha256 of the scored token ids) by part. Raises UserError if there is no such file."""
+    """What the file is about: key, model, version, tokenizer (sha256), bos (token id or None),
+    dtype, ids and tokens (sha256 of the scored token ids) by part.
+
+    Raises UserError if there is no such file or it is damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no evidence yet. Run mergelab probe for '{path.stem}'.")
     known = _read_metadata(path)
     if known is None:
-        raise UserError(f"{path}: no readable evidence. Run mergelab probe for '{path.stem}'.")
+        raise _damaged(path)
     return known
 
 
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is damaged. Run: mergelab probe STUDY {path.stem}")
+
+
+def _holds(path: Path, key: str) -> bool:
+    """Whether the file is whole and was made from the inputs that `key` stands for."""
+    known = _read_metadata(path) if path.is_file() else None
+    if known is None or known["key"] != key:
+        return False
+    return all(_read_part(path, part, len(ids)) for part, ids in known["ids"].items())
+
+
 def _read_metadata(path: Path) -> dict[str, Any] | None:
-    """None if the file is missing, cut short or of another tool: then it is made anew."""
+    """None if the file is cut short, of another tool or an older version: it is made anew."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        return None
     try:
         with safe_open(str(path), framework="numpy") as file:
-            about: dict[str, Any] = json.loads(file.metadata()["mergelab"])
-            return about
-    except (SafetensorError, TypeError, KeyError, ValueError):
+            about = json.loads(file.metadata()["mergelab"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError):
         return None
+    return about if _sound(about) else None
+
+
+def _sound(about: Any) -> bool:
+    """Whether metadata has every key, each of its type, and the same parts throughout."""
+    if not isinstance(about, dict) or not isinstance(about.get("bos", ""), int | None):
+        return False
+    if not all(isinstance(about.get(k), str) for k in ("key", "model", "tokenizer", "dtype")):
+        return False
+    ids, tokens = about.get("ids"), about.get("tokens")
+    if not isinstance(ids, dict) or not isinstance(tokens, dict) or ids.keys() != tokens.keys():
+        return False
+    lists = all(isinstance(names, list) for names in ids.values())
+    return lists and all(isinstance(n, str) for names in ids.values() for n in names)
+
+
+def _read_part(path: Path, part: str, items: int) -> dict[str, NDArray[Any]] | None:
+    """The part's offsets and statistics by name; None unless they fit each other, `items` items
+    of at least one token each, and are finite."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            found = {k: file.get_tensor(f"{part}/{k}") for k in ("offsets", *STATISTICS)}
+    except (SafetensorError, OSError, TypeError, ValueError):
+        return None
+    ends = found["offsets"]
+    if ends.dtype != np.int64 or ends.shape != (items + 1,):
+        return None
+    if ends[0] != 0 or (ends[1:] <= ends[:-1]).any():
+        return None
+    values = [found[name] for name in STATISTICS]
+    fits = all(v.dtype == np.float32 and v.shape == (ends[-1],) for v in values)
+    return found if fits and all(np.isfinite(v).all() for v in values) else None
 
 
 def _write(path: Path, tensors: dict[str, NDArray[Any]], about: dict[str, Any]) -> None:

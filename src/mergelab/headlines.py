@@ -6,13 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+UNCORRECTED = "These 95 % CIs are not corrected for the number of comparisons."
 NUMBERS = {2: "both", 3: "all three", 4: "all four", 5: "all five", 6: "all six"}
 
 
 def headlines(data: Mapping[str, Any]) -> list[str]:
-    """Three to five sentences about a report's data (the contents of report.json)."""
+    """A few sentences about a report's data (the contents of report.json)."""
     merges = [v["name"] for v in data["variants"] if v["kind"] == "merge"]
     found = [merges_against_base(data, merges), merges_against_parents(data, merges)]
+    found = [sentence for sentence in found if sentence]
+    found[-1:] = [f"{sentence} {UNCORRECTED}" for sentence in found[-1:]]
+    found += [same_weights(names) for names in data["twins"]]
     for check in data["checks"]:
         found += [flagged(check), found_what_was_planted(check), tainted_scores(check, data)]
     return [sentence for sentence in found if sentence]
@@ -76,6 +80,11 @@ def merges_against_parents(data: Mapping[str, Any], merges: Sequence[str]) -> st
         "No merge beats the best of its parents on any benchmark: "
         f"{found if worse else 'everywhere '}the 95 % CI includes 0."
     )
+
+
+def same_weights(names: Sequence[str]) -> str:
+    """Merges that count as one."""
+    return f"{listed(names)} have the same weights, byte for byte: read them as one result."
 
 
 def flagged(check: Mapping[str, Any]) -> str:

@@ -47,13 +47,16 @@ class Pinned:
         return f"{self.repo}@{self.commit}"
 
 
-def split(hub_id: str) -> tuple[str, str | None]:
-    """Cut org/name[@revision] in two. Raises UserError if it is no hub id."""
+def split(hub_id: str, kind: str = "model") -> tuple[str, str | None]:
+    """Cut org/name[@revision] in two. Raises UserError if it is no hub id.
+
+    `kind` is "model" or "dataset"."""
     match = HUB_ID.match(hub_id)
     if not match or ".." in hub_id or "--" in match[1]:
+        example = ", for example HuggingFaceTB/SmolLM2-135M@main with a lock"
         raise UserError(
-            f"{hub_id!r} is no hub model: write org/name@<40-hex commit>, "
-            "for example HuggingFaceTB/SmolLM2-135M@main with a lock."
+            f"{hub_id!r} is no hub {kind}: write org/name@<40-hex commit>"
+            f"{example if kind == 'model' else ''}."
         )
     return match[1], match[2]
 
@@ -119,6 +122,20 @@ def download(pinned: Pinned, out: Path) -> dict[str, Any]:
     return account
 
 
+def dataset_file(hub_id: str, name: str) -> Path:
+    """One file of a dataset at its pinned commit, from the client's cache or the hub.
+
+    Raises UserError if there is no commit, or `name` could lie outside the repository."""
+    repo, revision = split(hub_id, "dataset")
+    if not COMMIT.match(revision or ""):
+        raise UserError(f"pin the commit: hub: {repo}@<40 hexadecimal digits>")
+    if not is_safe_name(name):
+        raise UserError(f"{name!r} in 'files' is no path inside {repo}. Write it as data/a.jsonl.")
+    with explained(repo, revision, "dataset"):
+        found = _client().hf_hub_download(repo, name, repo_type="dataset", revision=revision)
+    return Path(found)
+
+
 def _already_there(pinned: Pinned, out: Path) -> dict[str, Any] | None:
     files = pinned.files or _noted_files(out, pinned)
     if not files or not out.is_dir() or _differences(out, files):
@@ -172,13 +189,17 @@ def _client() -> Any:
 
 def _listing(repo: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
     """The commit behind a revision and all its files by name; one request, no retries."""
-    with explained(repo, revision):
-        info = _client().model_info(repo, revision=revision, files_metadata=True, timeout=30)
-    files = [
-        HubFile(s.rfilename, s.size, s.blob_id, s.lfs.sha256 if s.lfs else None)
-        for s in info.siblings or ()
-    ]
-    if not COMMIT.match(str(info.sha)) or not all(is_plausible(file) for file in files):
+    try:
+        with explained(repo, revision):
+            info = _client().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+        files = [
+            HubFile(s.rfilename, s.size, s.blob_id, s.lfs.sha256 if s.lfs else None)
+            for s in info.siblings or ()
+        ]
+        good = COMMIT.match(str(info.sha)) and all(is_plausible(file) for file in files)
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
+        good = None  # the client took the answer apart, and it was no model's
+    if not good:
         raise UserError(f"{repo}: {hub_url()} does not answer like a hub. Check HF_ENDPOINT.")
     return info.sha, {file.name: file for file in files}
 

@@ -26,15 +26,17 @@ def hub_url() -> str:
 
 
 @contextmanager
-def explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub client raises about `repo` into UserError; let our own faults pass."""
+def explained(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
+    """Turn what the hub client raises about `repo` into UserError; let our own faults pass.
+
+    `kind` is "model" or "dataset"."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         chain = _chain(error)
-        text = _refused(chain, repo, revision) or _unreachable(chain)
+        text = _refused(chain, repo, kind) or _unreachable(chain, kind)
         if text is None:
             raise
         where = f"{repo}@{revision}" if revision else repo
@@ -54,42 +56,42 @@ def _first(chain: list[BaseException], kind: type[BaseException]) -> Any:
     return next((error for error in chain if isinstance(error, kind)), None)
 
 
-def _refused(chain: list[BaseException], repo: str, revision: str | None) -> str | None:
-    """The hub answered, but not with the model."""
+def _refused(chain: list[BaseException], repo: str, kind: str) -> str | None:
+    """The hub answered, but not with the model or dataset."""
     from huggingface_hub import errors
 
     answer = _first(chain, errors.HfHubHTTPError)
     if answer is None:
         return None
     status = answer.response.status_code
-    page, code = f"{hub_url()}/{repo}", f"(HTTP {status})"
+    folder = "datasets/" if kind == "dataset" else ""
+    page, code = f"{hub_url()}/{folder}{repo}", f"(HTTP {status})"
     if isinstance(answer, errors.GatedRepoError):
         return (
-            f"this model is gated and the hub refused it {code}. "
+            f"this {kind} is gated and the hub refused it {code}. "
             f"Accept its licence at {page}, then run: {LOGIN}"
         )
     if isinstance(answer, errors.RevisionNotFoundError):
-        return f"the model has no such branch, tag or commit {code}. See {page}/commits/main"
+        return f"the {kind} has no such branch, tag or commit {code}. See {page}/commits/main"
     if isinstance(answer, errors.RemoteEntryNotFoundError):
-        return (
-            f"the hub has no file {_file_in(str(answer.response.url))} at this commit {code}. "
-            "Pin another commit and run mergelab lock again."
-        )
+        lock = "and run mergelab lock again" if kind == "model" else "or check 'files'"
+        file = _file_in(str(answer.response.url))
+        return f"the hub has no file {file} at this commit {code}. Pin another commit {lock}."
     if isinstance(answer, errors.RepositoryNotFoundError):
         return (
-            f"the hub has no such model, or it is private {code}. "
-            f"Check the spelling; for a private model run: {LOGIN}"
+            f"the hub has no such {kind}, or it is private {code}. "
+            f"Check the spelling; for a private {kind} run: {LOGIN}"
         )
-    return _status(status, page)
+    return _status(status, page, kind)
 
 
-def _status(status: int, page: str) -> str:
+def _status(status: int, page: str, kind: str) -> str:
     """The meaning of a bare status code."""
     if status == 401:
         return f"the hub did not accept your login (HTTP 401). Log in again: {LOGIN}"
     if status == 403:
         return (
-            f"your login may not read this model (HTTP 403). Ask for access at {page}, "
+            f"your login may not read this {kind} (HTTP 403). Ask for access at {page}, "
             f"then log in with a token that may read it: {LOGIN}"
         )
     if status == 429:
@@ -97,7 +99,7 @@ def _status(status: int, page: str) -> str:
     return f"{hub_url()} answers with an error (HTTP {status}). {AGAIN}"
 
 
-def _unreachable(chain: list[BaseException]) -> str | None:
+def _unreachable(chain: list[BaseException], kind: str) -> str | None:
     """No answer came, or it broke off, or the disk is full."""
     from huggingface_hub import errors
 
@@ -116,7 +118,7 @@ def _unreachable(chain: list[BaseException]) -> str | None:
     if failed and "Consistency check failed" in str(failed):
         return f"a file arrived with another size than {hub_url()} announced. {AGAIN}"
     if _first(chain, errors.HFValidationError):
-        return "is no name of a hub model. Write org/name@<40-hex commit>."
+        return f"is no name of a hub {kind}. Write org/name@<40-hex commit>."
     return None
 
 

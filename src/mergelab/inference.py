@@ -96,7 +96,7 @@ def load(checkpoint: Checkpoint) -> Loaded:
         )
     tokenizer = load_tokenizer(folder)
     model = model.to(device).eval()
-    return Loaded(model, tokenizer, device, dtype, _max_length(model.config, tokenizer))
+    return Loaded(model, tokenizer, device, dtype, _length(model.config, tokenizer))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -110,7 +110,15 @@ def load_tokenizer(folder: Path) -> Any:
     )
 
 
-def _max_length(config: Any, tokenizer: Any) -> int:
+def max_length(folder: Path, tokenizer: Any) -> int:
+    """Tokens that the folder's model takes, without loading its weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return _length(config, tokenizer)
+
+
+def _length(config: Any, tokenizer: Any) -> int:
     length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     return int(length) if length < 10**9 else DEFAULT_LENGTH
 

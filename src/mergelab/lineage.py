@@ -47,8 +47,10 @@ class Graph:
     edges: tuple[Edge, ...]
 
     def parents(self, child: str) -> tuple[str, ...]:
-        """Names of the direct parents, in recipe order."""
-        return tuple(dict.fromkeys(edge.parent for edge in self.edges if edge.child == child))
+        """Names of the direct parents, in recipe order; the base of task vectors is none, so that
+        merges of the same experts have the same parents whatever the method."""
+        edges = (edge for edge in self.edges if edge.child == child and edge.kind != "base")
+        return tuple(dict.fromkeys(edge.parent for edge in edges))
 
     def descends(self, child: str, ancestor: str, without: str) -> bool:
         """Is there a way from `ancestor` to `child` that takes no edge of kind `without`?"""

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mergelab.hub import split
+from mergelab.record import canonical, read_json
 from mergelab.study import Model, Study, Training
 
+FILES = [{"name": str, "sha256": str}]
+MERGE = {  # merge.json: what the report needs of it
+    "recipe": {"text": str, "sha256": str},
+    "method": {"name": str, "version": int},
+    "inputs": [{"model": str, "files": FILES}],
+    "outputs": {"files": FILES, "tensors?": dict},
+    "machine?": dict,
+    "packages?": dict,
+}
+LOCK = {"models": {"*": {"commit": str}}}
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file, or None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+def read_merges(study: Study, results: Path) -> dict[str, dict[str, Any]]:
+    """merge.json of every recipe of the study that was merged."""
+    found = {}
+    for recipe in study.recipes:
+        out = results / "merged" / recipe.stem
+        folder, text = shlex.quote(str(out)), f"recipes/{study.name}/{recipe.name}"
+        remedy = f"rm -r {folder} && mergelab merge {shlex.quote(text)} -o {folder}"
+        found[recipe.stem] = read_json(out / "merge.json", remedy, MERGE)
+    return {name: record for name, record in found.items() if record is not None}
 
 
-def read_records(results: Path) -> dict[str, dict[str, Any]]:
+def twins(merged: Mapping[str, Any]) -> list[list[str]]:
+    """Groups of merges whose tensors all have the same names and bytes."""
+    groups: dict[str, list[str]] = {}
+    for name, record in merged.items():
+        if tensors := record["outputs"].get("tensors"):
+            groups.setdefault(canonical(tensors), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def read_records(study: Study, results: Path) -> dict[str, dict[str, Any]]:
     """Every record of a study by its name, as 'evaluate-linear'; its key is left out."""
     found = {}
     for path in sorted((results / "records").glob("*.json")):
         name = path.name.removesuffix(".json").rpartition(".")[0]
-        found[name] = read_json(path)
+        remedy = f"rm {shlex.quote(str(path))} && snakemake --config study={study.name}"
+        found[name] = read_json(path, remedy, dict)
     return found
 
 
 def models(study: Study, records: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Where each model comes from, how it is pinned, and which weights were scored."""
-    lock = (read_json(study.lock) or {}).get("models", {})
+    remedy = f"rm {shlex.quote(str(study.lock))} && mergelab lock recipes/{study.name}"
+    lock = (read_json(study.lock, remedy, LOCK) or {}).get("models", {})
     return [
         {
             "name": model.name,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mergelab.errors import UserError
+
 PACKAGES = ("mergelab", "numpy", "torch", "transformers", "safetensors", "lm-eval", "datasets")
 CHUNK = 1 << 22
 KEYED = re.compile(r"(.+)\.[0-9a-f]{12}\.json")
@@ -69,6 +71,57 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted keys, one-space indent, final newline) atomically."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(path, (text + "\n").encode(errors="backslashreplace"))
+
+
+def read_json(path: Path, remedy: str, shape: Any = object) -> Any:
+    """The contents of a JSON file, or None if there is no such file.
+
+    UserError with the command that remakes it if the file is cut, not UTF-8, not JSON, or not of
+    the `shape` that `mismatch` explains."""
+    return parse_json(path.read_bytes(), path, remedy, shape) if path.is_file() else None
+
+
+def parse_json(data: bytes, path: Path, remedy: str, shape: Any = object, where: str = "") -> Any:
+    """JSON from `data`, which is `path` or the part of it that `where` names; else UserError."""
+    try:
+        value = json.loads(data.decode(), parse_constant=_no_number)
+        why = mismatch(value, shape)
+    except (ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+    if why:
+        raise UserError(f"{path}: is damaged ({where}{why}). Run: {remedy}")
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def mismatch(value: Any, shape: Any, name: str = "") -> str:
+    """What of a JSON value is not as in `shape`, in words, or nothing.
+
+    A shape is a type; a mapping of the keys that must be there ('key?': may be, '*': each one)
+    to shapes; [shape] for a list of any length; [shape, shape] for a list of this length."""
+    if not isinstance(shape, dict | list):
+        return "" if isinstance(value, shape) else f"{name or 'the whole'} has the wrong type"
+    if not isinstance(value, type(shape)):
+        kind = "an object" if isinstance(shape, dict) else "a list"
+        return f"{name or 'the whole'} is not {kind}"
+    if isinstance(shape, list):
+        if len(shape) > 1 and len(shape) != len(value):
+            return f"{name or 'the whole'} has {len(value)} entries, not {len(shape)}"
+        inner = [(f"{name}[{i}]", part, shape[0]) for i, part in enumerate(value)]
+        return next((why for n, part, s in inner if (why := mismatch(part, s, n))), "")
+    for key, part in shape.items():
+        for at in value if key == "*" else [key.removesuffix("?")]:
+            told = f"{name}.{at}" if name else str(at)
+            if at not in value:
+                if key.endswith("?"):
+                    continue
+                return f"{told} is missing"
+            if why := mismatch(value[at], part, told):
+                return why
+    return ""
 
 
 def write_record(path: Path, value: Any) -> None:

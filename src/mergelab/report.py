@@ -17,11 +17,10 @@ from typing import Any
 
 from mergelab import comparison, contamination, headlines, lineage, page, provenance
 from mergelab.detectors import FLAG_Q
-from mergelab.provenance import read_json
-from mergelab.record import file_sha256, write_bytes, write_json
+from mergelab.record import file_sha256, read_json, write_bytes, write_json
 from mergelab.study import Study
 
-VERSION = 2  # of the page: figures, headlines, tables and template included
+VERSION = 3  # of the page: figures, headlines, tables and template included
 
 ORDER = ("base", "expert", "merge")
 INPUTS = ("scores/*.json", "scores/*/*.jsonl", "findings/*.json", "merged/*/merge.json")
@@ -59,11 +58,7 @@ def write(study: Study, results: Path) -> dict[str, Any]:
 
 def gather(study: Study, results: Path) -> dict[str, Any]:
     """Everything the page shows, as plain JSON-able data in the order of the page."""
-    merged = {
-        path.stem: record
-        for path in study.recipes
-        if (record := read_json(results / "merged" / path.stem / "merge.json")) is not None
-    }
+    merged = provenance.read_merges(study, results)
     recipes = {path.stem: path.read_text(encoding="utf-8") for path in study.recipes}
     used = {
         name: merged[name]["recipe"]["text"] if name in merged else recipes[name]
@@ -71,9 +66,12 @@ def gather(study: Study, results: Path) -> dict[str, Any]:
     }
     graph = lineage.graph(study, used)
     kinds = _kinds(graph)
-    summaries = _each(kinds, results / "scores")
-    findings = _each(kinds, results / "findings")
-    records = provenance.read_records(results)
+    where = f"recipes/{study.name}"
+    scored = comparison.SCORES
+    summaries = _each(kinds, results / "scores", f"mergelab evaluate {where}", scored)
+    examined = contamination.FINDINGS
+    findings = _each(kinds, results / "findings", f"mergelab detect {where}", examined)
+    records = provenance.read_records(study, results)
     parents = {name: graph.parents(name) for name in kinds}
     checks = contamination.check_tables(study, graph, kinds, findings)
     data: dict[str, Any] = {
@@ -85,6 +83,7 @@ def gather(study: Study, results: Path) -> dict[str, Any]:
             comparison.benchmark_table(study, bench, kinds, parents, summaries, results)
             for bench in study.suite
         ],
+        "twins": provenance.twins(merged),
         "flag_q": FLAG_Q,
         "checks": checks,
         "lineage": _lineage(graph, checks),
@@ -162,8 +161,8 @@ def _kinds(graph: lineage.Graph) -> dict[str, str]:
     return {node.name: kind for kind in ORDER for node in graph.nodes if node.kind == kind}
 
 
-def _each(kinds: Iterable[str], folder: Path) -> dict[str, Any]:
-    read = {name: read_json(folder / f"{name}.json") for name in kinds}
+def _each(kinds: Iterable[str], folder: Path, remake: str, shape: Any) -> dict[str, Any]:
+    read = {n: read_json(folder / f"{n}.json", f"{remake} {n}", shape) for n in kinds}
     return {name: value for name, value in read.items() if value is not None}
 
 

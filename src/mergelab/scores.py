@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mergelab import inference, statistics, yamlfile
+from mergelab import inference, statistics, task_checks, yamlfile
 from mergelab.checkpoint import open_checkpoint
 from mergelab.errors import UserError, nearest
 from mergelab.progress import Bar, bar
@@ -31,8 +31,6 @@ VERSION = 1
 TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # of the few-shot draw, lm-eval's default
 PROMPT_TOKENS = 256  # assumed per prompt when the batch size is chosen
-LOCAL = ("json", "arrow", "csv", "parquet")
-KINDS = ("multiple_choice", "loglikelihood_rolling")
 
 Sample = dict[str, Any]
 
@@ -48,11 +46,11 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
     if len(tasks) < len(study.suite):
         raise UserError(f"{study.folder}/study.yaml: two benchmarks have one name. Rename one.")
     hashes = {name: task_hash(config) for name, config in tasks.items()}
-    offline = all(config["dataset_path"] in LOCAL for config in tasks.values())
+    offline = all(config["dataset_path"] in task_checks.LOCAL for config in tasks.values())
     checkpoint = open_checkpoint(folder, variant)
     with inference.quiet(offline=offline):
         loaded = inference.load(checkpoint)
-        logged = _run(loaded, study.suite, tasks)
+        logged = _run(loaded, study, tasks)
     place = results / "scores"
     summary: dict[str, Any] = {}
     for bench in study.suite:
@@ -86,17 +84,16 @@ def task_config(study: Study, bench: Benchmark, results: Path) -> dict[str, Any]
     config = task_file(study, bench)
     config |= {"task": bench.name, "num_fewshot": bench.num_fewshot}
     where = f"{study.folder}/study.yaml: benchmark '{bench.name}'"
-    if config.get("output_type") not in KINDS or not config.get("metric_list"):
-        kinds = " or ".join(KINDS)
-        raise UserError(f"{where}: task '{bench.task}' needs output_type {kinds} and metric_list.")
     if config["output_type"] == "loglikelihood_rolling" and bench.num_fewshot:
         raise UserError(f"{where}: '{bench.task}' scores whole texts. Set num_fewshot to 0.")
     if bench.data is not None:
         path = results / "data" / f"{bench.data}.jsonl"
         if not path.is_file():
             raise UserError(f"{path}: no such file. Run: mergelab data {study.folder}")
+        if not path.stat().st_size:
+            raise UserError(f"{where}: {path} holds no items. Give the part a size in study.yaml.")
         return config | _on_file(path)
-    if config.get("dataset_path", "json") in LOCAL:
+    if config.get("dataset_path", "json") in task_checks.LOCAL:
         raise UserError(f"{where}: task '{bench.task}' reads local items. Add data: DATASET/PART.")
     revision = str((config.get("dataset_kwargs") or {}).get("revision", ""))
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -108,15 +105,22 @@ def task_config(study: Study, bench: Benchmark, results: Path) -> dict[str, Any]
 
 
 def task_file(study: Study, bench: Benchmark) -> dict[str, Any]:
-    """The task's YAML as plain data; custom tags such as !function are refused."""
+    """The task's YAML as plain data, checked; custom tags such as !function are refused."""
+    path = task_path(study, bench)
+    plain: dict[str, Any] = json.loads(json.dumps(yamlfile.load(path)))
+    if "include" in plain:
+        raise UserError(f"{path}: 'include' is not supported. Write the task in one file.")
+    task_checks.check_file(plain, path)
+    return plain
+
+
+def task_path(study: Study, bench: Benchmark) -> Path:
+    """The benchmark's task file. Raises UserError with the nearest right name."""
     folders = [study.folder / "tasks", TASKS]
     for folder in folders:
         path = folder / f"{bench.task}.yaml"
         if path.is_file():
-            plain: dict[str, Any] = json.loads(json.dumps(yamlfile.load(path)))
-            if "include" in plain:
-                raise UserError(f"{path}: 'include' is not supported. Write the task in one file.")
-            return plain
+            return path
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise UserError(
         f"{study.folder}/study.yaml: benchmark '{bench.name}': there is no task '{bench.task}'."
@@ -150,27 +154,30 @@ def _data(study: Study, results: Path) -> dict[str, str]:
 
 
 def _run(
-    loaded: inference.Loaded, suite: Sequence[Benchmark], tasks: dict[str, dict[str, Any]]
+    loaded: inference.Loaded, study: Study, tasks: dict[str, dict[str, Any]]
 ) -> dict[str, list[Sample]]:
     """lm-eval's logged samples of every benchmark. Nothing is left outside a temporary folder."""
     from lm_eval.evaluator import evaluate as lm_evaluate
     from lm_eval.tasks import TaskManager
 
-    with tempfile.TemporaryDirectory(prefix="mergelab-") as cache:
-        configs = [_cached(config, cache) for config in tasks.values()]
-        built = TaskManager(include_defaults=False).load(configs)
+    manager = TaskManager(include_defaults=False)
+    with tempfile.TemporaryDirectory(prefix="mergelab-") as cache, task_checks.sandboxed():
+        built: dict[str, Any] = {}
         limits: dict[str, list[int]] = {}
-        for bench in suite:
-            task = built["tasks"][bench.name]
-            task.set_fewshot_seed(SEED)
-            docs = len(task.eval_docs)
+        for bench in study.suite:
+            where = f"{task_path(study, bench)}: benchmark '{bench.name}'"
+            with task_checks.blamed(where):
+                loadable = manager.load([_cached(tasks[bench.name], cache)])
+                built[bench.name] = loadable["tasks"][bench.name]
+                docs = len(built[bench.name].eval_docs)
             limits[bench.name] = list(range(min(bench.limit or docs, docs)))
-        per_item = {bench.name: _requests(built["tasks"][bench.name]) for bench in suite}
-        total = sum(len(limits[name]) * n for name, n in per_item.items())
+            task_checks.check_items(built[bench.name], len(limits[bench.name]), where)
+            built[bench.name].set_fewshot_seed(SEED)
+        total = sum(len(limits[name]) * _requests(task) for name, task in built.items())
         with bar("Scoring", total) as progress:
             answers = lm_evaluate(
                 _language_model(loaded, progress),
-                built,
+                manager.load(list(built.values())),
                 samples=limits,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -181,7 +188,7 @@ def _run(
 
 def _cached(config: dict[str, Any], cache: str) -> dict[str, Any]:
     """Local data is converted afresh in `cache`; hub data keeps the hub's own cache."""
-    if config["dataset_path"] not in LOCAL:
+    if config["dataset_path"] not in task_checks.LOCAL:
         return config
     return config | {"dataset_kwargs": {**config["dataset_kwargs"], "cache_dir": cache}}
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mergelab.errors import UserError
 
-VERSION = 1
+VERSION = 2
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 RESAMPLES = 2_000
 SIGN_FLIPS = 9_999
@@ -86,8 +86,11 @@ def mann_whitney(suspects: ArrayLike, controls: ArrayLike) -> float:
 
 
 def tpr_at_fpr(suspects: ArrayLike, controls: ArrayLike, fpr: float = 0.05) -> float:
-    """Share of suspects above a threshold that at most `fpr` of the controls exceed."""
-    threshold = np.quantile(np.asarray(controls, dtype=np.float64), 1 - fpr, method="higher")
+    """Share of suspects above the lowest threshold that at most `fpr` of the controls exceed.
+
+    The threshold is a control itself: with n controls, floor(fpr n) of them may lie above it."""
+    falling = np.sort(np.asarray(controls, dtype=np.float64))[::-1]
+    threshold = falling[int(fpr * len(falling) + 1e-9)]  # 0.29 * 100 < 29 in binary
     return float(np.mean(np.asarray(suspects, dtype=np.float64) > threshold))
 
 

@@ -1,8 +1,8 @@
 """The steps of a study and their content keys: what the Snakefile asks for.
 
 A key is a hash of what a step was asked for: texts of recipe and settings, keys of the steps before
-it, versions of method and code (of other packages only lm-eval's: records name them). Targets carry it in their names, so that a result
-is current or absent, whatever the files' times say."""
+it, versions of method and code (of other packages only lm-eval's: records name them). Targets carry
+it in their names, so that a result is current or absent, whatever the files' times say."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from mergelab.yamlfile import REQUIRED, Map, Reader, load
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
+LEAST_VOCABULARY = 64  # tokens; fewer is a slip of the pen
+HIGHEST_RATE = 100  # of learning; AdamW moves each weight by about this much per step
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -254,16 +257,25 @@ class _StudyReader(Reader):
         self.keys(map, (*known, "sequence_length", "seed"), "train")
         self.one_of(map, ("start", "architecture"), "train")
         architecture = self.map(map, "architecture") if "architecture" in map else None
+        if architecture is not None:
+            self.count(architecture, "vocab_size", None, least=LEAST_VOCABULARY)
         return Training(
             self.text(map, "start", None),
             dict(architecture) if architecture is not None else None,
             tuple(self.share(share) for share in self.maps(map, "data")),
             self.count(map, "epochs", 1, least=1),
-            self.number(map, "learning_rate"),
+            self.rate(map, "learning_rate"),
             self.count(map, "batch_size", 16, least=1),
             self.count(map, "sequence_length", 256, least=8),
             self.count(map, "seed", 0),
         )
+
+    def rate(self, map: Map, key: str) -> Any:
+        value = self.number(map, key)
+        if value is not None and not 0 < value <= HIGHEST_RATE:
+            limits = f"above 0 and at most {HIGHEST_RATE}"
+            self.wrong(map.lines[key], f"'{key}' must be {limits}, not {map[key]!r}.")
+        return value
 
     def share(self, map: Map) -> Share:
         self.keys(map, ("part", "items", "skip", "copies"), "a share of training data")

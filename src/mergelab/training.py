@@ -37,7 +37,8 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
     """Train `model` of a study and write it to the folder `out`; return its record.
 
     `out` appears only when it is whole. The same machine, thread and versions give the same
-    bytes. Raises UserError if a part has too few items or the start model is missing."""
+    bytes. Raises UserError if a part has too few items, the start model is missing or lacks
+    weights, or the loss is not finite."""
     plan = study.models[model].train
     if plan is None:
         raise UserError(
@@ -134,15 +135,29 @@ def _hashes(plan: Training, study: Study, results: Path) -> dict[str, str] | Non
 
 
 def _start(plan: Training, texts: list[str], study: Study, results: Path) -> tuple[Any, Any]:
-    """The network and tokenizer that training begins with."""
+    """The network and tokenizer that training begins with.
+
+    Raises UserError if the start model lacks weights: they would be filled with random ones."""
     if plan.start is None:
         return _new_model(plan, texts)
     from transformers import AutoModelForCausalLM
 
     folder = models.existing(study, plan.start, results)
-    network = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype="auto", local_files_only=True, use_safetensors=True
+    network, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype="auto",
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are told below, in our words
+        output_loading_info=True,
     )
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    if missing := sorted({*info["missing_keys"], *mismatched}):
+        raise UserError(
+            f"{folder}: {len(missing)} weights are missing or of the wrong shape, as "
+            f"'{missing[0]}'. Compare config.json with the weights, then make the model again."
+        )
     return network, inference.load_tokenizer(folder)
 
 
@@ -216,11 +231,22 @@ def _loop(
                 loss = _loss(network, [sequences[i] for i in cut])
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
             losses.append(loss.item())
+            _check_finite(losses, norm.item(), name)
+            optimizer.step()
             progress.advance()
     return losses
+
+
+def _check_finite(losses: list[float], norm: float, name: str) -> None:
+    """Raise UserError if the latest loss or its gradient's norm is NaN or infinite."""
+    for what, value in (("loss", losses[-1]), ("gradient", norm)):
+        if not math.isfinite(value):
+            raise UserError(
+                f"training {name}: the {what} is not finite at step {len(losses):,}; "
+                "lower learning_rate or check the start model."
+            )
 
 
 def _loss(network: Any, sequences: list[list[int]]) -> Any:

@@ -115,8 +115,7 @@ def _finding(
     for part in (check.suspects, check.controls):
         _comparable(detector, part, *paths)
     suspects, controls = (
-        detector.function(*(evidence.load(path, part) for path in paths))
-        for part in (check.suspects, check.controls)
+        detector.function(*_load(part, *paths)) for part in (check.suspects, check.controls)
     )
     if min(len(suspects), len(controls)) < 2:
         raise UserError(f"{study.folder}/study.yaml: {check.benchmark}: needs 2 items a part.")
@@ -139,6 +138,17 @@ def _finding(
         "papers": list(detector.papers),
         "item_scores": {"suspects": _plain(suspects), "controls": _plain(controls)},
     }
+
+
+def _load(part: str, model: Path, base: Path) -> tuple[Items, Items]:
+    """Log-probabilities of model and base. Raises UserError unless token by token they pair."""
+    ours, theirs = evidence.load(model, part), evidence.load(base, part)
+    if [len(item) for item in ours] != [len(item) for item in theirs]:
+        raise UserError(
+            f"{model} and {base} hold different numbers of tokens on {part}: one is damaged.\n"
+            "  Delete both and run mergelab probe for each."
+        )
+    return ours, theirs
 
 
 def find(name: str, where: str) -> Detector:
@@ -171,6 +181,12 @@ def _comparable(detector: Detector, part: str, model: Path, base: Path) -> None:
             f"(sha256 {ours['tokenizer'][:12]}) and its base '{base.stem}' "
             f"(sha256 {theirs['tokenizer'][:12]}) cut {part} into different tokens.\n"
             "  Name a base with the same tokenizer, or leave this detector out."
+        )
+    if ours["bos"] != theirs["bos"]:
+        raise UserError(
+            f"Detector '{detector.name}' needs texts to begin alike, but '{model.stem}' puts token "
+            f"{ours['bos']} before them and its base '{base.stem}' {theirs['bos']}.\n"
+            "  Set the same bos_token in both tokenizer_config.json, then probe both again."
         )
 
 
