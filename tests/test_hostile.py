@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_odd_configs(place: Path, content: str) -> None:
 def test_per_layer_lists_must_have_every_layer(place: Path) -> None:
     (place / "r.yaml").write_text(STACK)
     write_model(place / "base", llama_tensors(0), layer_types=["x", "y"])
-    for odd in (["z"][:0], 3, {"0": "z"}):
+    for odd in ([], 3, {"0": "z"}):
         write_model(place / "a", llama_tensors(1), layer_types=odd)
         with pytest.raises(UserError, match=r"'layer_types' in its config\.json has no entry"):
             merge()
@@ -332,15 +333,12 @@ def test_a_flipped_bit_in_a_finished_merge_is_seen_and_mended(place: Path) -> No
     assert merge()["outputs"]["files"] == want
 
 
-def test_many_small_shards_need_few_open_files(place: Path, mergelab: Run) -> None:
-    command = 'ulimit -n 64; exec "$@"'
-    run = ["bash", "-c", command, "-", os.sys.executable, "-m", "mergelab.cli"]  # type: ignore[attr-defined]
-    import subprocess
-
+def test_many_small_shards_need_few_open_files(place: Path) -> None:
     for name in ("base", "a"):
         write_model(place / name, llama_tensors(0, 30), layers=30)
+    limited = ["bash", "-c", 'ulimit -n 64; exec "$@"', "-", sys.executable, "-m", "mergelab.cli"]
     arguments = ["merge", "r.yaml", "-o", "out", "--shard-size", "1B"]
-    done = subprocess.run([*run, *arguments], cwd=place, capture_output=True, text=True)
+    done = subprocess.run([*limited, *arguments], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list((place / "out").glob("*.safetensors"))) == len(llama_tensors(0, 30))
 
