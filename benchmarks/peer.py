@@ -77,6 +77,11 @@ def environment(folder: Path) -> Path:
     return python
 
 
+def program(python: Path) -> Path:
+    """Its command `mergekit-yaml`, for those who measure whole processes."""
+    return python.with_name("mergekit-yaml")
+
+
 class Peer:
     """A running process of mergekit; `facts` names its torch and the CPU kernels in use."""
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,11 @@ from checkpoints import llama, llama_tensors, read_model, write_model, write_saf
 from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_merge import RECIPES, merge, recipe
 
-from mergelab import engine
-from mergelab.checkpoint import from_float, open_checkpoint, read_header
+from mergelab.checkpoint import from_float, open_checkpoint
 from mergelab.errors import UserError
-from mergelab.plan import SHARD_SIZE, make_plan
+from mergelab.methods import METHODS
 from mergelab.recipe import load_recipe
 from mergelab.steps import Steps
 from mergelab.study import load_study
@@ -50,13 +52,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         llama(tmp_path / name, seed)
     (tmp_path / "r.yaml").write_text(LINEAR)
     return tmp_path
-
-
-def merge(recipe: str = "r.yaml", out: str = "out", shard_size: int = SHARD_SIZE) -> dict[str, Any]:
-    """Load, plan and merge with models named as folders of the working directory."""
-    loaded = load_recipe(Path(recipe))
-    plan = make_plan(loaded, {m: Path(m) for m in loaded.models}, shard_size=shard_size)
-    return engine.merge(plan, Path(out))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +123,7 @@ def test_thousands_of_unknown_keys_make_a_short_message(place: Path) -> None:
 def test_odd_tokenizers(place: Path, content: str) -> None:
     (place / "a/tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"a/tokenizer\.json"):
-        merge()
+        merge("r.yaml")
     assert not (place / "out").exists()
 
 
@@ -136,7 +131,7 @@ def test_odd_tokenizers(place: Path, content: str) -> None:
 def test_odd_configs(place: Path, content: str) -> None:
     (place / "a/config.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"a/config\.json"):
-        merge()
+        merge("r.yaml")
 
 
 def test_per_layer_lists_must_have_every_layer(place: Path) -> None:
@@ -145,14 +140,14 @@ def test_per_layer_lists_must_have_every_layer(place: Path) -> None:
     for odd in ([], 3, {"0": "z"}):
         write_model(place / "a", llama_tensors(1), layer_types=odd)
         with pytest.raises(UserError, match=r"'layer_types' in its config\.json has no entry"):
-            merge()
+            merge("r.yaml")
 
 
 def test_single_layer_lists_that_are_no_layers_are_left_alone(place: Path) -> None:
     for name in ("base", "a"):
         write_model(place / name, llama_tensors(0, 1), layers=1, eos_token_id=[2])
     (place / "r.yaml").write_text(STACK.replace("[0, 2]", "[0, 1]"))
-    merge()
+    merge("r.yaml")
     config = json.loads((place / "out/config.json").read_text())
     assert (config["architectures"], config["eos_token_id"]) == (["LlamaForCausalLM"], [2])
     assert config["num_hidden_layers"] == 2
@@ -168,7 +163,7 @@ def test_slices_take_the_tensors_of_every_source(place: Path) -> None:
     )
     (place / "r.yaml").write_text(f"merge_method: linear\nslices:\n- sources:\n{sources}")
     with pytest.raises(UserError, match=r"base: tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
-        merge()
+        merge("r.yaml")
 
 
 def test_a_layer_without_tensors_is_an_error(place: Path) -> None:
@@ -176,7 +171,7 @@ def test_a_layer_without_tensors_is_an_error(place: Path) -> None:
     write_model(place / "base", tensors)
     (place / "r.yaml").write_text(STACK)
     with pytest.raises(UserError, match="model base: layer 1 has no tensors"):
-        merge()
+        merge("r.yaml")
 
 
 def change_index(folder: Path, change: Any) -> None:
@@ -204,7 +199,7 @@ def change_index(folder: Path, change: Any) -> None:
 def test_odd_indexes(place: Path, change: Any, message: str) -> None:
     change_index(place / "a", change)
     with pytest.raises(UserError, match=message):
-        merge()
+        merge("r.yaml")
 
 
 def test_a_tensor_is_read_from_the_shard_that_the_index_names(place: Path) -> None:
@@ -212,12 +207,41 @@ def test_a_tensor_is_read_from_the_shard_that_the_index_names(place: Path) -> No
     second = place / "a/model-00002-of-00002.safetensors"
     write_safetensors(second, {"model.norm.weight": ("F32", np.zeros(16))})
     with pytest.raises(UserError, match=r"does not name|no file has it"):
-        merge()
+        merge("r.yaml")
 
 
-@settings(
+def write_raw(path: Path, header: str, body: bytes) -> None:
+    """A safetensors file with this very header."""
+    text = header.encode(errors="surrogatepass")
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def check_inside(folder: Path) -> None:
+    """Opening a model either is a UserError, or all its tensors lie within files of its folder."""
+    with contextlib.suppress(UserError):
+        for tensor in open_checkpoint(folder, "m").tensors.values():
+            assert tensor.file.parent == folder
+            assert tensor.offset >= 8
+            assert tensor.offset + tensor.nbytes <= tensor.file.stat().st_size
+            assert len(tensor.bits().tobytes()) == tensor.nbytes
+
+
+fuzzed = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+odd_numbers = st.one_of(
+    st.integers(0, 40),
+    st.sampled_from([-1, -(2**63), 2**31, 2**32, 2**60, 2**63, 2**64, 10**400, 1e308, 0.5, True]),
+)
+odd_json = st.recursive(
+    st.one_of(odd_numbers, st.none(), st.text(max_size=5), st.sampled_from(["F32", "BF16", "\0"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@fuzzed
 @given(st.data())
 def test_damaged_headers_never_crash_or_reach_outside_their_file(
     tmp_path: Path, data: st.DataObject
@@ -230,11 +254,80 @@ def test_damaged_headers_never_crash_or_reach_outside_their_file(
         raw[place] = data.draw(st.integers(0, 255))
     raw = raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
     path.write_bytes(bytes(raw))
-    with contextlib.suppress(UserError):
-        for tensor in read_header(path).values():
-            assert tensor.offset >= 8
-            assert tensor.offset + tensor.nbytes <= len(raw)
-            tensor.bits().sum()
+    check_inside(tmp_path)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> tuple[str, Any]:
+    """One line of a header: a real tensor's, with up to two fields replaced by something odd."""
+    dtype, size = draw(st.sampled_from([("F32", 4), ("BF16", 2), ("BOOL", 1), ("F64", 8)]))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    begin = draw(st.integers(0, 24))
+    entry: Any = {"dtype": dtype, "shape": shape}
+    entry["data_offsets"] = [begin, begin + size * math.prod(shape)]
+    for field in draw(st.lists(st.sampled_from([*entry, "more"]), max_size=2)):
+        entry[field] = draw(odd_json | st.lists(odd_numbers, min_size=2, max_size=2))
+    name = draw(st.sampled_from(["a", "b", "model.layers.0.w", "__metadata__", "../w", "\ud800"]))
+    return name, draw(st.sampled_from([entry, entry, entry, 7, None, [entry]]))
+
+
+@fuzzed
+@given(st.lists(entries(), max_size=4), st.binary(max_size=40))
+def test_odd_headers_never_crash_or_reach_outside_their_file(
+    tmp_path: Path, found: list[tuple[str, Any]], body: bytes
+) -> None:
+    lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in found)  # may repeat
+    write_raw(tmp_path / "model.safetensors", f"{{{', '.join(lines)}}}", body)
+    check_inside(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        '{"a":' * 50_000,
+        '{"a": {"dtype": "F32", "shape": ' + "[" * 20_000 + "]" * 20_000 + "}}",
+        '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, NaN]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}\0',
+        "",
+        " ",
+        "\ufeff{}",
+    ],
+)
+def test_headers_that_are_hard_to_parse_are_refused(place: Path, header: str) -> None:
+    write_raw(place / "a/model.safetensors", header, bytes(4))
+    with pytest.raises(UserError, match=r"a/model\.safetensors|holds no tensors"):
+        open_checkpoint(place / "a", "a")
+
+
+@pytest.mark.parametrize("length", [0, 1, 99, 2**31, 2**63, 2**64 - 1])
+def test_impossible_lengths_of_headers_are_refused(place: Path, length: int) -> None:
+    (place / "a/model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match=r"a/model\.safetensors"):
+        open_checkpoint(place / "a", "a")
+
+
+@fuzzed
+@given(st.data())
+def test_odd_indexes_never_crash_or_reach_outside_their_folder(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(("../outside.safetensors", *SHARDS)):
+        write_safetensors(folder / name, {f"w{number}": ("F32", np.ones(3))})
+    files = st.sampled_from([*SHARDS, "../outside.safetensors", "..", "", "x", "\0", "\ud800"])
+    odd_files = files | odd_json | st.just(str(tmp_path / "outside.safetensors"))
+    names = st.sampled_from(["w0", "w1", "w2", "\ud800"])
+    index: Any = {"metadata": {}, "weight_map": {"w1": SHARDS[0], "w2": SHARDS[1]}}
+    index["weight_map"] |= data.draw(st.dictionaries(names, odd_files, max_size=2))
+    for key in data.draw(st.lists(st.sampled_from(["metadata", "weight_map"]), max_size=1)):
+        index[key] = data.draw(odd_json)
+    text = json.dumps(data.draw(st.sampled_from([index, index, index, [index], None])))
+    cut = data.draw(st.integers(0, 3))
+    (folder / "model.safetensors.index.json").write_text(text[: len(text) - cut])
+    check_inside(folder)
 
 
 @pytest.mark.parametrize(
@@ -266,28 +359,28 @@ def test_unusual_names_and_numbers_in_files_survive(place: Path) -> None:
     tensors = llama_tensors(0) | {"model.layers." + "9" * 4400 + ".w": np.ones(3)}
     for name in ("base", "a"):
         write_model(place / name, tensors, **odd)
-    merge()
+    merge("r.yaml")
     assert json.loads((place / "out/config.json").read_text())["w\udc80"] == "\udc80"
 
 
 def test_an_input_is_never_overwritten(place: Path) -> None:
     before = read_model(place / "a")
-    merge(out="m")
+    merge("r.yaml", out="m")
     (place / "again.yaml").write_text(LINEAR.replace("model: a", "model: m"))
     for out in ("m", "m/inside", "."):
         with pytest.raises(UserError, match=r"overlaps an input|own name"):
             merge("again.yaml", out)
     with pytest.raises(UserError, match="overlaps an input"):
-        merge(out="a")
+        merge("r.yaml", out="a")
     assert all(np.array_equal(before[n], v) for n, v in read_model(place / "a").items())
 
 
 def test_files_that_no_merge_wrote_are_never_deleted(place: Path) -> None:
-    merge()
+    merge("r.yaml")
     (place / "out/NOTES.md").write_text("mine")
     (place / "r.yaml").write_text(LINEAR + "# changed\n")
     with pytest.raises(UserError, match=r"holds NOTES\.md, which no merge wrote"):
-        merge()
+        merge("r.yaml")
     assert (place / "out/NOTES.md").read_text() == "mine"
 
 
@@ -296,7 +389,7 @@ def test_a_linked_target_stays_a_link(place: Path) -> None:
     (place / "out").symlink_to("disk")
     for text in (LINEAR, LINEAR + "# changed\n"):
         (place / "r.yaml").write_text(text)
-        merge()
+        merge("r.yaml")
         assert (place / "out").is_symlink()
         assert (place / "disk/merge.json").is_file()
     assert not list(place.glob(".*replaced*"))
@@ -305,32 +398,32 @@ def test_a_linked_target_stays_a_link(place: Path) -> None:
 @pytest.mark.parametrize("out", ["r.yaml", "r.yaml/out", "x" * 300, ".."])
 def test_impossible_targets(place: Path, out: str) -> None:
     with pytest.raises(UserError):
-        merge(out=out)
+        merge("r.yaml", out=out)
 
 
 def test_a_change_of_config_tokenizer_or_shards_is_a_new_merge(place: Path) -> None:
-    merge()
+    merge("r.yaml")
     stamp = (place / "out/merge.json").stat().st_mtime_ns
-    merge()
+    merge("r.yaml")
     assert (place / "out/merge.json").stat().st_mtime_ns == stamp
     (place / "base/generation_config.json").write_text('{"x": 1}')
-    merge()
+    merge("r.yaml")
     assert (place / "out/generation_config.json").read_text() == '{"x": 1}'
     config = json.loads((place / "base/config.json").read_text())
     (place / "base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
-    merge()
+    merge("r.yaml")
     assert json.loads((place / "out/config.json").read_text())["rms_norm_eps"] == 0.25
-    merge(shard_size=2000)
+    merge("r.yaml", shard_size=2000)
     assert (place / "out/model.safetensors.index.json").is_file()
 
 
 def test_a_flipped_bit_in_a_finished_merge_is_seen_and_mended(place: Path) -> None:
-    want = merge()["outputs"]["files"]
+    want = merge("r.yaml")["outputs"]["files"]
     path = place / "out/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    assert merge()["outputs"]["files"] == want
+    assert merge("r.yaml")["outputs"]["files"] == want
 
 
 def test_many_small_shards_need_few_open_files(place: Path) -> None:
@@ -343,13 +436,114 @@ def test_many_small_shards_need_few_open_files(place: Path) -> None:
     assert len(list((place / "out").glob("*.safetensors"))) == len(llama_tensors(0, 30))
 
 
+BITS = {"BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
+
+
+def write_shapes(folder: Path, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+    """A model of two layers with tensors of no, one and few entries, and of integers; its tensors.
+
+    No tensor is large, and the last ones have no entries."""
+    rng, tensors = np.random.default_rng(seed), dict[str, tuple[str, np.ndarray]]()
+    for layer in range(2):
+        floats = {shape: rng.uniform(0.5, 1.5, shape) for shape in ((5,), (1, 3), (3, 1), (2, 2))}
+        floats |= {shape: np.full(shape, 1 + seed / 4) for shape in ((), (1,), (1, 1))}
+        floats |= {shape: np.empty(shape) for shape in ((0,), (0, 4), (4, 0))}
+        for number, (shape, values) in enumerate(floats.items()):
+            tensors[f"model.layers.{layer}.w{number}.{len(shape)}"] = ("F32", values)
+        for dtype in list(BITS)[:-1]:
+            for shape in ((4,), (), (0,)):
+                name = f"model.layers.{layer}.{dtype}.{shape}"
+                tensors[name] = (dtype, np.arange(2, 2 + math.prod(shape)).reshape(shape))
+    header, body = {}, b""
+    for name, (dtype, values) in tensors.items():
+        data = values.astype(BITS[dtype]).tobytes()
+        span = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": span}
+        body += data
+    write_model(folder, llama_tensors(0))
+    write_raw(folder / "model.safetensors", json.dumps(header), body)
+    return tensors
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_merges_scalars_and_empty_tensors_and_copies_integers(
+    place: Path, name: str
+) -> None:
+    models = [write_shapes(place / m, seed) for seed, m in enumerate(("base", "a", "b", "c"))]
+    (place / "r.yaml").write_text(recipe(name).replace("bfloat16", "float32"))
+    for parts in ([(1, 1)], [(2, 3), (3, 3), (1, 3)]):
+        merge("r.yaml", out="out", parts=parts)
+        held = open_checkpoint(place / "out", "out").tensors
+        assert held.keys() >= models[0].keys()
+        for tensor, (dtype, values) in models[0].items():
+            merged = held[tensor]
+            assert (merged.dtype, merged.shape) == (dtype, values.shape)
+            if dtype == "F32":
+                assert np.isfinite(merged.bits()).all()
+            else:
+                assert merged.bits().tobytes() == values.astype(BITS[dtype]).tobytes()
+        if not METHODS[RECIPES[name][0]].random:
+            one = [held[f"model.layers.0.w{i}.{i - 4}"].bits()[0] for i in (4, 5, 6)]
+            assert len(set(one)) == 1, one
+        shutil.rmtree("out")
+
+
+def damage(folder: Path, tensor: str, values: list[float], dtype: str = "BF16") -> None:
+    """Put values over the first entries of a tensor."""
+    seed = ("base", "a", "b", "c").index(folder.name)
+    tensors = llama_tensors(seed)
+    tensors[tensor].flat[: len(values)] = values
+    write_model(folder, tensors, dtype)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_entries_that_are_not_finite_are_told_with_tensor_model_and_count(
+    place: Path, name: str
+) -> None:
+    for seed, model in enumerate(("base", "a", "b", "c")):
+        llama(place / model, seed)
+    text = recipe(name)
+    (place / "r.yaml").write_text(text)
+    listed = [m for m in ("base", "a", "b") if f"./{m}," in text]
+    tensor = "model.layers.1.self_attn.q_proj.weight"
+    if name == "stack":
+        listed, tensor = ["base", "a"], "model.layers.1.self_attn.o_proj.weight"
+    for model in listed:
+        damage(place / model, tensor, [math.nan, -math.inf, math.inf])
+    with pytest.raises(UserError) as caught:
+        merge("r.yaml")
+    told = str(caught.value)
+    for model in listed if name != "stack" else ["base"]:
+        named = "the base" if f"base_model: ./{model}" in text else f"./{model}"
+        assert f"3 entries of {named}" in told
+    assert tensor in told
+    assert "allow_not_finite" in told
+    assert list(place.glob("*out*")) == []
+    (place / "r.yaml").write_text(f"allow_not_finite: true\n{text}")
+    merge("r.yaml")
+    values = read_model(place / "out")[tensor]
+    assert not np.isfinite(values[:3]).all()
+
+
+def test_an_overflow_is_told_with_tensor_and_count_or_allowed(place: Path) -> None:
+    for model in ("base", "a"):
+        damage(place / model, "model.norm.weight", [60000.0, 1e5, -1e5], "F32")
+    text = LINEAR.replace("float32", "float16")
+    (place / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight: 2 merged entries"):
+        merge("r.yaml")
+    assert list(place.glob("*out*")) == []
+    (place / "r.yaml").write_text(f"{text}allow_not_finite: true\n")
+    merge("r.yaml")
+    values = read_model(place / "out")["model.norm.weight"][:3]
+    assert list(values) == [60000.0, math.inf, -math.inf]
+
+
 def test_a_nan_in_a_copied_tensor_is_an_error(place: Path) -> None:
-    tensors = llama_tensors(0)
-    tensors["model.norm.weight"][3] = np.nan
-    write_model(place / "base", tensors, "F32")
+    damage(place / "base", "model.norm.weight", [math.nan], "F32")
     (place / "r.yaml").write_text("merge_method: passthrough\nmodels: [{model: base}]\n")
-    with pytest.raises(UserError, match=r"model\.norm\.weight: 1 merged entries"):
-        merge()
+    with pytest.raises(UserError, match=r"model\.norm\.weight: 1 entries of base are infinite or"):
+        merge("r.yaml")
 
 
 @pytest.mark.parametrize(

@@ -5,95 +5,154 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import decode, llama, llama_tensors, read_model, write_model
 from conftest import Run
 
-from mergelab.folders import alone
-
-RECIPES = {
-    "linear": ("linear", "weight: [0.2, 0.8]", "", True),
-    "slerp": ("slerp", "", "parameters: {t: [0, 0.5, 1]}", False),
-    "task_arithmetic": ("task_arithmetic", "weight: 0.4", "", True),
-    "ties": ("ties", "weight: 0.4, density: 0.6", "", True),
-    "dare_linear": ("dare_linear", "weight: 0.4, density: 0.6", "", True),
-    "dare_ties": ("dare_ties", "weight: 0.4, density: 0.6", "", True),
-}
-GOLDEN = {
-    "linear v2": "d51f6b0f7035474a4878a9c3130d6dafa944aa052ba3648266cc2bef5db96b82",
-    "slerp v1": "dcfa68a5c073a98814939aa0fc153d21400712b70d7c63d17f957262ac5064d9",
-    "task_arithmetic v2": "26735bd0296c108a0a1262802854cb9a6165f211cd2447aa82059a16f3e20bc2",
-    "ties v1": "42a4efeb0901c02121feb72705b9db3ac2f87b366f244b17a647fcf41663d3c5",
-    "dare_linear v3": "52315c5df9c92fcf0c2f4015fa6cc1aa311f44ffaf504e1b8b53ad2798046dc8",
-    "dare_ties v2": "184d296976d1dcb647ab89d4e1d3e6b8d57bc27bc9249ae38d4d52ab0609853b",
-    "passthrough v1": "aacba512bbf70ce4e4cd129a4572bea00172d4dc56c55265d4a793de6a1731ba",
-}
-
-
-def write_recipes(folder: Path, models: Path) -> None:
-    """One recipe per method over base, a and b in `models`, bfloat16 out."""
-    folder.mkdir(exist_ok=True)
-    for name, (method, each, extra, both) in RECIPES.items():
-        experts = ("a", "b") if both else ("a",)
-        listed = "".join(f"- {{model: {models}/{m}, parameters: {{{each}}}}}\n" for m in experts)
-        base = f"- {{model: {models}/base, parameters: {{{each}}}}}\n"
-        text = f"merge_method: {method}\nbase_model: {models}/base\ndtype: bfloat16\n{extra}\n"
-        (folder / f"{name}.yaml").write_text(f"{text}models:\n{base}{listed}")
-    stack = "merge_method: passthrough\ndtype: bfloat16\nslices:\n"
-    for model, span in (("base", "[0, 2]"), ("a", "[1, 2]")):
-        stack += f"- sources: [{{model: {models}/{model}, layer_range: {span}}}]\n"
-    (folder / "passthrough.yaml").write_text(stack)
-
-
-def write_models(folder: Path, *, large: bool = False) -> None:
-    """base, a, b with relative names; `large` adds a tensor of more than two blocks."""
-    for seed, name in enumerate(("base", "a", "b")):
-        tensors = llama_tensors(seed)
-        if large:
-            rng = np.random.default_rng(seed)
-            tensors["model.layers.0.mlp.big.weight"] = rng.standard_normal((1100, 700))
-            tensors["model.layers.1.mlp.big.weight"] = rng.standard_normal((1100, 700))
-        write_model(folder / name, tensors, shards=seed + 1)
-
-
-MERGE_ALL = """
-import json, sys
-from pathlib import Path
 from mergelab import engine
+from mergelab.errors import UserError
+from mergelab.folders import alone
+from mergelab.methods import METHODS
+from mergelab.methods.base import BLOCK
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
-workers, shard_size, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-hashes = {}
-for path in sorted(Path("recipes").glob("*.yaml")):
-    recipe = load_recipe(path)
-    plan = make_plan(recipe, {m: Path(m) for m in recipe.models}, shard_size=shard_size)
-    record = engine.merge(plan, out / path.stem, workers=workers)
-    name = f"{recipe.method.name} v{recipe.method.version}"
-    hashes[name] = record["outputs"]["tensors"]
-print(json.dumps(hashes, sort_keys=True))
+
+EACH = "weight: 0.4, density: 0.6"
+RECIPES = {  # name: method, parameters of every model, of the recipe, experts
+    "linear": ("linear", "weight: 0.4", "", 2),
+    "linear as it is": ("linear", "weight: 0.4", "normalize: false", 2),
+    "slerp": ("slerp", "", "t: [0, 0.5, 1]", 1),
+    "slerp model": ("slerp", "", "t: [0, 0.5, 1], scope: model", 1),
+    "nuslerp": ("nuslerp", "weight: 0.4", "", 2),
+    "nuslerp rows": ("nuslerp", "weight: 0.4", "nuslerp_flatten: false, nuslerp_row_wise: true", 2),
+    "nuslerp columns": ("nuslerp", "weight: 0.4", "nuslerp_flatten: false", 2),
+    "multislerp": ("multislerp", "weight: 0.4", "", 3),
+    "karcher": ("karcher", "weight: 0.4", "", 3),
+    "task_arithmetic": ("task_arithmetic", "weight: 0.4", "", 3),
+    "ties": ("ties", EACH, "", 3),
+    "ties paper": ("ties", EACH, "flavour: paper, scope: model", 3),
+    "ties peft": ("ties", EACH, "flavour: peft, rescale: true", 3),
+    "dare_linear": ("dare_linear", EACH, "", 3),
+    "dare_linear density": ("dare_linear", EACH, "rescale: density", 3),
+    "dare_ties": ("dare_ties", EACH, "", 3),
+    "breadcrumbs": ("breadcrumbs", f"{EACH}, gamma: 0.05", "", 3),
+    "breadcrumbs rows": ("breadcrumbs", EACH, "granularity: row, rescale: true", 3),
+    "breadcrumbs_ties": ("breadcrumbs_ties", f"{EACH}, gamma: 0.05", "", 3),
+    "della": ("della", EACH, "", 3),
+    "della probability": ("della", EACH, "rescale: probability", 3),
+    "della_linear": ("della_linear", EACH, "", 3),
+    "sce": ("sce", "", "select_topk: 0.5", 3),
+    "sce weights": ("sce", "", "select: weights", 3),
+    "ram": ("ram", "", "", 3),
+    "ramplus_tl": ("ramplus_tl", "", "", 3),
+    "model_stock": ("model_stock", "", "", 2),
+    "model_stock rows": ("model_stock", "", "filter_wise: true", 3),
+    "nearswap": ("nearswap", "", "t: 0.01", 1),
+    "arcee_fusion": ("arcee_fusion", "", "", 1),
+    "passthrough": ("passthrough", "scale: 0.5", "", 0),
+    "stack": ("passthrough", "", "", 0),
+}
+GOLDEN = {}
+STACK = """\
+merge_method: passthrough
+dtype: bfloat16
+slices:
+- sources: [{model: ./base, layer_range: [0, 2]}]
+- sources: [{model: ./a, layer_range: [1, 2]}]
 """
 
 
-def merge_all(
-    place: Path, workers: int = 1, shard_size: int = 10**9, out: str = "out", **environment: str
-) -> dict[str, dict[str, str]]:
-    """Tensor hashes of every recipe, merged in a process with its own environment."""
+def recipe(name: str) -> str:
+    """A row of RECIPES over the models ./base, ./a, ./b and ./c; bfloat16 out."""
+    method, each, shared, experts = RECIPES[name]
+    if name == "stack":
+        return STACK
+    takes = METHODS[method].base
+    models = ["./base", "./a", "./b", "./c"][: experts + 1]
+    if takes != "needed" and experts == 2:  # without a base
+        models = models[1:]
+    based = "base_model: ./base\n" if "./base" in models and takes in ("needed", "optional") else ""
+    listed = "".join(f"- {{model: {model}, parameters: {{{each}}}}}\n" for model in models)
+    head = f"merge_method: {method}\n{based}dtype: bfloat16\nparameters: {{{shared}}}\n"
+    return f"{head}models:\n{listed}"
+
+
+def write_recipes(folder: Path) -> None:
+    """Every row of RECIPES as a file."""
+    folder.mkdir(exist_ok=True)
+    for name in RECIPES:
+        (folder / f"{name}.yaml").write_text(recipe(name))
+
+
+def write_models(folder: Path, *, large: bool = False) -> None:
+    """base, a, b, c; `large` adds a tensor of three blocks and one with a row above a block."""
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        tensors = llama_tensors(seed)
+        if large:
+            own, common = np.random.default_rng(seed + 9), np.random.default_rng(9)
+            for tensor, shape in LARGE.items():
+                shared = common.standard_normal(shape)
+                tensors[tensor] = shared + 0.05 * own.standard_normal(shape)
+        write_model(folder / name, tensors, shards=seed % 3 + 1)
+
+
+LARGE = {
+    "model.layers.0.mlp.big.weight": (250, 600),
+    "model.layers.1.mlp.long.weight": (2, BLOCK + 900),
+}
+Merge = tuple[int, int, Sequence[tuple[int, int]]]
+ALONE: Sequence[tuple[int, int]] = [(1, 1)]
+
+
+def shuffled(*counts: int) -> list[tuple[int, int]]:
+    """All parts of a division in n, for each n, in an order that looks random."""
+    parts = [(i, n) for n in counts for i in range(1, n + 1)]
+    return sorted(parts, key=lambda p: hashlib.sha256(repr(p).encode()).digest())
+
+
+def merge(
+    path: str,
+    out: str = "out",
+    workers: int = 1,
+    shard_size: int = 10**9,
+    parts: Sequence[tuple[int, int]] = ALONE,
+) -> dict[str, Any]:
+    """Merge a recipe over folders in the working directory, in this process; the record."""
+    loaded = load_recipe(Path(path))
+    plan = make_plan(loaded, {m: Path(m) for m in loaded.models}, shard_size=shard_size)
+    records = [engine.merge(plan, Path(out), workers=workers, part=part) for part in parts]
+    return records[-1]
+
+
+def merge_all(out: str, how: Merge) -> dict[str, Any]:
+    """Tensor hashes of every recipe of the working directory."""
+    return {
+        path.stem: merge(str(path), f"{out}/{path.stem}", *how)["outputs"]["tensors"]
+        for path in sorted(Path("recipes").glob("*.yaml"))
+    }
+
+
+def merged_elsewhere(place: Path, out: str, how: Merge, **environment: str) -> Any:
+    """The same, by a process with an environment of its own."""
+    script = "import json, sys, test_merge as t\nout, how = json.loads(sys.argv[1])\n"
+    script += "sys.stdout.write(json.dumps(t.merge_all(out, how)))"
     done = subprocess.run(
-        [sys.executable, "-c", MERGE_ALL, str(workers), str(shard_size), str(place / out)],
+        [sys.executable, "-c", script, json.dumps([out, how])],
         cwd=place,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
         capture_output=True,
         text=True,
-        check=True,
     )
-    return dict(json.loads(done.stdout))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def slower_cpu() -> str:
@@ -103,49 +162,110 @@ def slower_cpu() -> str:
     return " ".join(name for name in __cpu_dispatch__ if __cpu_features__.get(name))
 
 
-def test_bytes_depend_on_recipe_and_inputs_alone(tmp_path: Path) -> None:
-    write_models(tmp_path, large=True)
-    write_recipes(tmp_path / "recipes", Path("."))
-    want = merge_all(tmp_path, out="reference")
-    assert set(want) == set(GOLDEN)
-    settings: list[tuple[int, int, dict[str, str]]] = [
-        (2, 10**9, {"PYTHONHASHSEED": "1"}),
-        (2, 100_000, {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2"}),
-        (1, 20_000, {"PYTHONHASHSEED": "3", "ATEN_CPU_CAPABILITY": "default"}),
-        (1, 10**9, {"NPY_DISABLE_CPU_FEATURES": slower_cpu()}),
-        (1, 10**9, {"ATEN_CPU_CAPABILITY": "avx512", "LC_ALL": "C"}),
-    ]
-    for number, (workers, shard_size, environment) in enumerate(settings):
-        got = merge_all(tmp_path, workers, shard_size, f"out{number}", **environment)
-        assert got == want, environment
-
-
-def test_golden_hashes_of_every_method_and_version(tmp_path: Path) -> None:
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with four small models and all recipes; the working directory."""
+    monkeypatch.chdir(tmp_path)
     write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
-    merged = merge_all(tmp_path)
-    found = {n: hashlib.sha256(json.dumps(h).encode()).hexdigest() for n, h in merged.items()}
+    write_recipes(tmp_path / "recipes")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with models that have large tensors, and the tensor hashes of every recipe."""
+    place = tmp_path_factory.mktemp("contract")
+    write_models(place, large=True)
+    write_recipes(place / "recipes")
+    return place, merged_elsewhere(place, "out", (1, 10**9, ALONE), PYTHONHASHSEED="1")
+
+
+@pytest.mark.parametrize(
+    ("how", "environment"),
+    [
+        ((2, 10**9, ALONE), {"PYTHONHASHSEED": "2", "LC_ALL": "C", "OMP_NUM_THREADS": "2"}),
+        ((3, 100_000, ALONE), {"PYTHONHASHSEED": "3", "NPY_DISABLE_CPU_FEATURES": slower_cpu()}),
+        ((4, 20_000, ALONE), {"NUMBA_CPU_NAME": "generic"}),
+        ((1, 10**9, shuffled(3)), {}),
+        ((2, 10**5, shuffled(8)), {}),
+        ((1, 10**5, [(1, 3), *shuffled(8)]), {}),
+    ],
+    ids=["locale", "numpy", "numba", "3 parts", "8 parts", "3 and 8 parts"],
+)
+def test_bytes_depend_on_recipe_and_inputs_alone(
+    reference: tuple[Path, Any], how: Merge, environment: dict[str, str]
+) -> None:
+    place, want = reference
+    out = f"out-{hashlib.sha256(repr((how, environment)).encode()).hexdigest()[:8]}"
+    got = merged_elsewhere(place, out, how, **environment)
+    assert got.keys() == want.keys() == RECIPES.keys()
+    assert [name for name in want if got[name] != want[name]] == []
+
+
+def test_numba_compiles_for_the_processor_that_is_asked_for(tmp_path: Path) -> None:
+    script = (
+        "from numba.core.registry import cpu_target\n"
+        "print(cpu_target.target_context.codegen().magic_tuple()[1:])"
+    )
+    found = []
+    for environment in ({}, {"NUMBA_CPU_NAME": "generic"}):
+        command = [sys.executable, "-c", script]
+        env = {**os.environ, **environment}
+        found.append(subprocess.run(command, env=env, capture_output=True, text=True).stdout)
+    assert found[1].strip() == "('generic', '')"
+    assert found[0] != found[1]
+
+
+def test_every_method_has_a_recipe_here() -> None:
+    assert {method for method, *_ in RECIPES.values()} == set(METHODS)
+
+
+def test_golden_hashes_of_every_method_and_version(place: Path) -> None:
+    found = {}
+    for name, tensors in merge_all("out", (1, 10**9, ALONE)).items():
+        key = f"{name} v{METHODS[RECIPES[name][0]].version}"
+        found[key] = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
     assert found == GOLDEN
 
 
-def test_shards_follow_the_asked_size_and_hold_every_tensor(mergelab: Run, tmp_path: Path) -> None:
-    write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
-    assert mergelab("merge", "recipes/ties.yaml", "-o", "one").returncode == 0
-    assert (
-        mergelab("merge", "recipes/ties.yaml", "-o", "many", "--shard-size", "2KB").returncode == 0
-    )
-    one, many = read_model(tmp_path / "one"), read_model(tmp_path / "many")
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_random_masks_do_not_depend_on_other_models_and_tensors(place: Path, name: str) -> None:
+    sizes = {"base": 0.0, "a": 1.0, "b": 2.0**-6, "c": 2.0**-12}
+    more = {"model.layers.0.a": np.ones(3), "model.layers.1.z": np.ones((2, 5))}
+
+    def merged(models: str, extra: dict[str, np.ndarray]) -> np.ndarray:
+        for model, size in sizes.items():
+            write_model(place / model, {"w": np.full(3000, size)} | extra, "F32", layers=0)
+        listed = "".join(f"- {{model: {m}, parameters: {{{EACH}}}}}\n" for m in models)
+        shared = "parameters: {rescale: none, normalize: false}"
+        head = f"merge_method: {name}\nbase_model: base\ndtype: float32\n{shared}\nmodels:\n"
+        (place / "r.yaml").write_text((head + listed).replace("0.4", "1"))
+        merge("r.yaml", f"out-{models}")
+        return read_model(place / f"out-{models}")["w"]
+
+    want = merged("ab", {})  # the sum tells which of the two masks had the entry
+    assert set(want) == {0.0, 1.0, 2.0**-6, 1 + 2.0**-6}
+    assert np.array_equal(merged("ba", more), want)
+    three = merged("cba", more)
+    assert np.array_equal(np.floor(three * 2**6) / 2**6, want)
+    assert not np.array_equal(three, want)
+
+
+def test_shards_follow_the_asked_size_and_hold_every_tensor(mergelab: Run, place: Path) -> None:
+    merge("recipes/ties.yaml", "one")
+    done = mergelab("merge", "recipes/ties.yaml", "-o", "many", "--shard-size", "2KB")
+    assert done.returncode == 0, done.stderr
+    one, many = read_model(place / "one"), read_model(place / "many")
     assert one.keys() == many.keys() == llama_tensors(0).keys()
     assert all(np.array_equal(one[name], many[name]) for name in one)
-    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
-    sizes = [(tmp_path / "many" / name).stat().st_size for name in index["weight_map"].values()]
+    index = json.loads((place / "many/model.safetensors.index.json").read_text())
+    sizes = [(place / "many" / name).stat().st_size for name in index["weight_map"].values()]
     assert max(sizes) < 3500
     assert index["metadata"]["total_size"] == 2 * sum(v.size for v in one.values())
 
 
 def test_transformers_loads_a_sharded_merge_and_its_forward_pass_works(
-    mergelab: Run, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -161,11 +281,12 @@ def test_transformers_loads_a_sharded_merge_and_its_forward_pass_works(
     for seed, name in enumerate(("base", "a")):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(
         "merge_method: linear\ndtype: float32\nmodels:\n"
         "- {model: base, parameters: {weight: 1}}\n- {model: a, parameters: {weight: 1}}\n"
     )
-    assert mergelab("merge", "r.yaml", "-o", "out", "--shard-size", "4KB").returncode == 0
+    merge("r.yaml", shard_size=4000)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("base", "a", "out")]
     base, other, merged = (m.state_dict() for m in models)
     for name in base:
@@ -173,182 +294,136 @@ def test_transformers_loads_a_sharded_merge_and_its_forward_pass_works(
     assert torch.isfinite(models[2](torch.arange(10)[None]).logits).all()
 
 
-def test_the_record_tells_inputs_outputs_method_and_versions(mergelab: Run, tmp_path: Path) -> None:
-    write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
+def test_the_record_tells_inputs_outputs_method_and_versions(mergelab: Run, place: Path) -> None:
     assert mergelab("merge", "recipes/dare_ties.yaml", "-o", "out", "--seed", 7).returncode == 0
-    record = json.loads((tmp_path / "out/merge.json").read_text())
-    text = (tmp_path / "recipes/dare_ties.yaml").read_bytes()
+    record = json.loads((place / "out/merge.json").read_text())
+    text = (place / "recipes/dare_ties.yaml").read_bytes()
     assert record["recipe"]["sha256"] == hashlib.sha256(text).hexdigest()
-    assert record["method"] == {"name": "dare_ties", "version": 2}
-    assert record["seed"] == 7
-    assert [entry["model"] for entry in record["inputs"]] == ["./base", "./a", "./b"]
+    assert record["method"] == {"name": "dare_ties", "version": METHODS["dare_ties"].version}
+    assert (record["engine"], record["seed"]) == (engine.VERSION, 7)
+    assert [entry["model"] for entry in record["inputs"]] == ["./base", "./a", "./b", "./c"]
     for entry in record["inputs"]:
         for file in entry["files"]:
-            data = (tmp_path / entry["model"] / file["name"]).read_bytes()
+            data = (place / entry["model"] / file["name"]).read_bytes()
             assert file["sha256"] == hashlib.sha256(data).hexdigest()
     for file in record["outputs"]["files"]:
-        data = (tmp_path / "out" / file["name"]).read_bytes()
+        data = (place / "out" / file["name"]).read_bytes()
         assert file["sha256"] == hashlib.sha256(data).hexdigest()
+        assert file["bytes"] == len(data)
     assert {"config.json", "tokenizer.json"} <= {f["name"] for f in record["outputs"]["files"]}
     assert record["packages"]["numpy"] == np.__version__
+    tensors = merge("recipes/dare_ties.yaml", "other")["outputs"]["tensors"]
+    assert tensors.keys() == record["outputs"]["tensors"].keys() == llama_tensors(0).keys()
+    assert tensors != record["outputs"]["tensors"]  # the seed is another one
 
 
 def test_a_finished_merge_is_not_repeated_and_a_changed_one_is(
-    mergelab: Run, tmp_path: Path
+    place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
-    first = mergelab("merge", "recipes/linear.yaml", "-o", "out")
-    stamp = (tmp_path / "out/merge.json").stat().st_mtime_ns
-    again = mergelab("merge", "recipes/linear.yaml", "-o", "out")
-    assert (first.returncode, again.returncode) == (0, 0)
-    assert "up to date" in again.stderr
-    assert (tmp_path / "out/merge.json").stat().st_mtime_ns == stamp
-    old = read_model(tmp_path / "out")
-    llama(tmp_path / "a", seed=9)
-    assert mergelab("merge", "recipes/linear.yaml", "-o", "out").returncode == 0
-    new = read_model(tmp_path / "out")
+    first = merge("recipes/linear.yaml")
+    stamp = (place / "out/merge.json").stat().st_mtime_ns
+    assert merge("recipes/linear.yaml") == first
+    assert "up to date" in capsys.readouterr().err
+    assert (place / "out/merge.json").stat().st_mtime_ns == stamp
+    old = read_model(place / "out")
+    llama(place / "a", seed=9)
+    merge("recipes/linear.yaml")
+    new = read_model(place / "out")
     assert any(not np.array_equal(old[name], new[name]) for name in old)
-    (tmp_path / "out/model.safetensors").unlink()
-    assert mergelab("merge", "recipes/linear.yaml", "-o", "out").returncode == 0
-    assert (tmp_path / "out/model.safetensors").is_file()
+    (place / "out/model.safetensors").unlink()
+    merge("recipes/linear.yaml")
+    assert (place / "out/model.safetensors").is_file()
 
 
-def test_kill_leaves_nothing_that_looks_finished_and_a_rerun_completes(
-    mergelab: Run, tmp_path: Path
-) -> None:
-    write_models(tmp_path, large=True)
-    write_recipes(tmp_path / "recipes", Path("."))
-    assert mergelab("merge", "recipes/ties.yaml", "-o", "reference").returncode == 0
-    want = json.loads((tmp_path / "reference/merge.json").read_text())["outputs"]["tensors"]
-    command = [sys.executable, "-m", "mergelab.cli", "merge", "recipes/ties.yaml", "-o", "out"]
-    partial, killed = tmp_path / ".out.merge.partial", 0
-    for wait in (0.0, 0.02, 0.05, 0.1, 0.15):
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        while not (partial / "model.safetensors").exists() and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL and not (tmp_path / "out").exists():
-            killed += 1
-            assert partial.exists()
-            assert not (partial / "merge.json").exists()
-        if (tmp_path / "out").exists():
-            break
-    assert killed > 0
-    assert mergelab("merge", "recipes/ties.yaml", "-o", "out").returncode == 0
-    assert not partial.exists()
-    assert json.loads((tmp_path / "out/merge.json").read_text())["outputs"]["tensors"] == want
+def test_a_second_merge_into_one_folder_waits_for_the_first(place: Path) -> None:
+    merge("recipes/linear.yaml", "warm")
+    with ThreadPoolExecutor(1) as pool:
+        with alone(place / "out"):
+            running = pool.submit(merge, "recipes/linear.yaml")
+            with pytest.raises(TimeoutError):
+                running.result(2)
+            assert not (place / "out").exists()
+        assert running.result(60)["outputs"]
+    assert (place / "out/merge.json").is_file()
 
 
-def test_a_second_merge_into_one_folder_waits_for_the_first(tmp_path: Path) -> None:
-    write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
-    command = [sys.executable, "-m", "mergelab.cli", "merge", "recipes/linear.yaml", "-o", "out"]
-    with alone(tmp_path / "out"):
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(3)
-        assert not (tmp_path / "out").exists()
-    assert process.wait(60) == 0
-    assert (tmp_path / "out/merge.json").is_file()
+def test_a_folder_that_is_no_merge_is_never_replaced(place: Path) -> None:
+    (place / "thesis").mkdir()
+    (place / "thesis/chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"is not empty and holds no merge\.json"):
+        merge("recipes/linear.yaml", "thesis")
+    assert (place / "thesis/chapter.txt").read_text() == "years of work"
 
 
-def test_a_folder_that_is_no_merge_is_never_replaced(mergelab: Run, tmp_path: Path) -> None:
-    write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis/chapter.txt").write_text("years of work")
-    done = mergelab("merge", "recipes/linear.yaml", "-o", "thesis")
-    assert done.returncode == 2
-    assert "is not empty and holds no merge.json" in done.stderr
-    assert (tmp_path / "thesis/chapter.txt").read_text() == "years of work"
-
-
-def test_equal_integer_tensors_are_copied_and_different_ones_refused(
-    mergelab: Run, tmp_path: Path
-) -> None:
-    write_recipes(tmp_path / "recipes", Path("."))
-    for seed, name in enumerate(("base", "a", "b")):
+def test_equal_integer_tensors_are_copied_and_different_ones_refused(place: Path) -> None:
+    for seed, name in enumerate(("base", "a", "b", "c")):
         ids = {"model.position_ids": np.arange(10)}
-        write_model(tmp_path / name, llama_tensors(seed) | ids)
-    assert mergelab("merge", "recipes/ties.yaml", "-o", "out").returncode == 0
-    assert np.array_equal(read_model(tmp_path / "out")["model.position_ids"], np.arange(10))
-    write_model(tmp_path / "b", llama_tensors(2) | {"model.position_ids": np.arange(10) + 1})
-    done = mergelab("merge", "recipes/ties.yaml", "-o", "other")
-    assert done.returncode == 2
-    assert "model.position_ids: is stored as integers that differ" in done.stderr
-    assert not (tmp_path / "other").exists()
+        write_model(place / name, llama_tensors(seed) | ids)
+    merge("recipes/ties.yaml")
+    assert np.array_equal(read_model(place / "out")["model.position_ids"], np.arange(10))
+    write_model(place / "b", llama_tensors(2) | {"model.position_ids": np.arange(10) + 1})
+    with pytest.raises(UserError, match=r"model\.position_ids: is stored as integers that differ"):
+        merge("recipes/ties.yaml", "other")
+    assert not list(place.glob("*other*"))
 
 
-def test_overflow_is_an_error_that_names_the_tensor(mergelab: Run, tmp_path: Path) -> None:
-    write_models(tmp_path)
-    write_recipes(tmp_path / "recipes", Path("."))
-    path = tmp_path / "recipes/task_arithmetic.yaml"
+def test_overflow_is_an_error_that_names_the_tensor(mergelab: Run, place: Path) -> None:
+    path = place / "recipes/task_arithmetic.yaml"
     path.write_text(path.read_text().replace("bfloat16", "float16").replace("0.4", "1e7"))
     done = mergelab("merge", path, "-o", "out")
     assert done.returncode == 2
     assert "merged entries are infinite or not a number" in done.stderr
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.merge.partial").exists()
+    assert not list(place.glob("*out*")) + list(place.glob(".*out*"))
 
 
-def test_a_head_that_only_one_model_stores_is_merged_and_untied(
-    mergelab: Run, tmp_path: Path
-) -> None:
-    write_recipes(tmp_path / "recipes", Path("."))
-    write_models(tmp_path)
+def test_a_head_that_only_one_model_stores_is_merged_and_untied(place: Path) -> None:
     head = np.random.default_rng(9).standard_normal((48, 16))
-    write_model(tmp_path / "b", llama_tensors(2) | {"lm_head.weight": head}, "F32")
-    write_model(tmp_path / "a", llama_tensors(1), "F32")
-    write_model(tmp_path / "base", llama_tensors(0), "F32")
-    path = tmp_path / "recipes/task_arithmetic.yaml"
-    path.write_text(path.read_text().replace("bfloat16", "float32").replace("0.4", "1"))
-    assert mergelab("merge", path, "-o", "out").returncode == 0
+    write_model(place / "b", llama_tensors(2) | {"lm_head.weight": head}, "F32")
+    for seed, name in enumerate(("base", "a")):
+        write_model(place / name, llama_tensors(seed), "F32")
+    path = place / "recipes/task_arithmetic.yaml"
+    text = recipe("task_arithmetic").replace("bfloat16", "float32").replace("0.4", "1")
+    path.write_text("".join(line for line in text.splitlines(True) if "./c" not in line))
+    merge(str(path))
     base, a = (llama_tensors(s)["model.embed_tokens.weight"] for s in (0, 1))
     np.testing.assert_allclose(
-        read_model(tmp_path / "out")["lm_head.weight"], (a + head - base).ravel(), atol=1e-5
+        read_model(place / "out")["lm_head.weight"], (a + head - base).ravel(), atol=1e-5
     )
-    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert json.loads((place / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_stack_that_ends_in_a_tied_model_gets_its_embedding_as_head(
-    mergelab: Run, tmp_path: Path
-) -> None:
+def test_a_stack_that_ends_in_a_tied_model_gets_its_embedding_as_head(place: Path) -> None:
     head = np.random.default_rng(9).standard_normal((48, 16))
-    write_model(tmp_path / "x", llama_tensors(0) | {"lm_head.weight": head}, "F32")
-    write_model(tmp_path / "y", llama_tensors(1), "F32")
-    (tmp_path / "r.yaml").write_text(
+    write_model(place / "x", llama_tensors(0) | {"lm_head.weight": head}, "F32")
+    write_model(place / "y", llama_tensors(1), "F32")
+    (place / "r.yaml").write_text(
         "merge_method: passthrough\nslices:\n"
         "- sources: [{model: x, layer_range: [0, 2]}]\n"
         "- sources: [{model: y, layer_range: [1, 2]}]\n"
     )
-    assert mergelab("merge", "r.yaml", "-o", "out").returncode == 0
-    want = read_model(tmp_path / "y")["model.embed_tokens.weight"]
-    assert np.array_equal(read_model(tmp_path / "out")["lm_head.weight"], want)
+    merge("r.yaml")
+    want = read_model(place / "y")["model.embed_tokens.weight"]
+    assert np.array_equal(read_model(place / "out")["lm_head.weight"], want)
 
 
-def test_filters_match_the_head_even_where_it_is_tied(mergelab: Run, tmp_path: Path) -> None:
+def test_filters_match_the_head_even_where_it_is_tied(place: Path) -> None:
     head = np.random.default_rng(9).standard_normal((48, 16))
-    write_model(tmp_path / "x", llama_tensors(0) | {"lm_head.weight": head}, "F32")
-    write_model(tmp_path / "y", llama_tensors(1), "F32")
-    (tmp_path / "r.yaml").write_text(
+    write_model(place / "x", llama_tensors(0) | {"lm_head.weight": head}, "F32")
+    write_model(place / "y", llama_tensors(1), "F32")
+    (place / "r.yaml").write_text(
         "merge_method: linear\nparameters: {normalize: false}\nmodels:\n"
         "- {model: x, parameters: {weight: 0}}\n"
         "- {model: y, parameters: {weight: [{filter: lm_head, value: 1}, {value: 0.5}]}}\n"
     )
-    assert mergelab("merge", "r.yaml", "-o", "out").returncode == 0
-    got, embedding = read_model(tmp_path / "out"), llama_tensors(1)["model.embed_tokens.weight"]
+    merge("r.yaml")
+    got, embedding = read_model(place / "out"), llama_tensors(1)["model.embed_tokens.weight"]
     np.testing.assert_allclose(got["lm_head.weight"], embedding.ravel(), atol=1e-6)
     np.testing.assert_allclose(got["model.embed_tokens.weight"], 0.5 * embedding.ravel(), atol=1e-6)
 
 
-def test_output_dtype_is_out_dtype_then_dtype_then_the_widest_input(
-    mergelab: Run, tmp_path: Path
-) -> None:
+def test_output_dtype_is_out_dtype_then_dtype_then_the_widest_input(place: Path) -> None:
     for seed, (name, dtype) in enumerate({"x": "F16", "y": "BF16"}.items()):
-        llama(tmp_path / name, seed, dtype)
+        llama(place / name, seed, dtype)
     listed = "models: [{model: x, parameters: {weight: 1}}, {model: y, parameters: {weight: 1}}]\n"
     cases = {
         "dtype: float16\nout_dtype: bfloat16\n": ("BF16", "bfloat16"),
@@ -356,16 +431,16 @@ def test_output_dtype_is_out_dtype_then_dtype_then_the_widest_input(
         "": ("F32", "float32"),
     }
     for number, (extra, (code, name)) in enumerate(cases.items()):
-        (tmp_path / "r.yaml").write_text(f"merge_method: linear\n{extra}{listed}")
-        out = tmp_path / f"out{number}"
-        assert mergelab("merge", "r.yaml", "-o", out).returncode == 0
+        (place / "r.yaml").write_text(f"merge_method: linear\n{extra}{listed}")
+        out = place / f"out{number}"
+        merge("r.yaml", str(out))
         raw = (out / "model.safetensors").read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         assert {e["dtype"] for k, e in header.items() if k != "__metadata__"} == {code}
         assert json.loads((out / "config.json").read_text())["torch_dtype"] == name
 
 
-def test_memory_does_not_grow_with_the_tensor(mergelab: Run, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """Peak anonymous memory for a tensor of 16 Mi entries stays near that for 2 Mi."""
     script = (
         "import resource, sys; from mergelab.cli import main\n"

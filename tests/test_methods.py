@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import read_model, write_model
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from mergelab import engine
 from mergelab.methods import METHODS, sparsify
-from mergelab.methods.base import BLOCK
+from mergelab.methods.base import BLOCK, Block, Settings
+from mergelab.methods.task_vectors import kept_count
 from mergelab.plan import SHARD_SIZE, make_plan
 from mergelab.recipe import load_recipe
 
@@ -203,32 +205,71 @@ def test_ties_ties_count_across_blocks(tmp_path: Path) -> None:
     ),
     st.floats(0, 1),
 )
-@settings(max_examples=200, deadline=None)
+@budget(max_examples=200, deadline=None)
 def test_trimming_keeps_exactly_the_largest_magnitudes(values: list[float], density: float) -> None:
-    from mergelab.methods.base import Block, Settings
-
     delta = np.array(values, "<f4")
-    block = Block(np.zeros_like(delta), (delta,), 0, delta.size)
-    chosen = Settings({}, ({"density": density},))
+    size = delta.size
+    block = Block(np.stack([np.zeros_like(delta), delta]), True, 0, size)
+    defaults = {p.name: p.default for p in METHODS["ties"].parameters if not p.per_model}
+    chosen = Settings(defaults, ({"weight": 1.0, "density": density},))
     stats: dict[str, object] = {}
-    for round in METHODS["ties"].rounds:
-        sums = round.measure(block, chosen, stats)
-        stats |= round.conclude(sums, chosen, stats)
-    zero = {"equal": np.zeros(1, int)}
-    (kept,) = sparsify.trimmed(block, chosen, stats, zero)
-    count = sparsify.kept_count(density, delta.size)
-    order = sorted(range(delta.size), key=lambda i: (-abs(delta[i]), i))[:count]
+    for round in METHODS["ties"].rounds[:2]:
+        if sums := round.begin(chosen, 1):
+            round.measure(block, chosen, stats, sums)
+            stats |= round.conclude(sums, chosen, stats)
+    kept = np.empty_like(delta)
+    METHODS["ties"].merge(block, chosen, stats, {"seen": np.zeros((1, 1), int)}, kept)
+    count = kept_count(chosen, density, size)
+    order = sorted(range(size), key=lambda i: (-abs(delta[i]), i))[:count]
     want = np.zeros_like(delta)
     want[order] = delta[order]
     np.testing.assert_array_equal(kept, want)
 
 
 @pytest.mark.parametrize(
-    ("density", "size", "count"),
-    [(0.5, 9, 4), (0.29, 100, 28), (0.001, 10, 1), (0.0, 10, 0), (1.0, 7, 7)],
+    ("flavour", "density", "size", "count"),
+    [
+        ("mergekit", 0.5, 9, 4),
+        ("mergekit", 0.29, 100, 28),
+        ("mergekit", 0.001, 10, 1),
+        ("mergekit", 0.0, 10, 0),
+        ("mergekit", 1.0, 7, 7),
+        ("paper", 0.2, 1000, 201),
+        ("peft", 0.001, 10, 0),
+    ],
 )
-def test_kept_count_is_the_peers(density: float, size: int, count: int) -> None:
-    assert sparsify.kept_count(density, size) == count
+def test_kept_count_follows_the_flavour(
+    flavour: str, density: float, size: int, count: int
+) -> None:
+    assert kept_count(Settings({"flavour": flavour}, ()), density, size) == count
+
+
+@pytest.mark.parametrize(
+    ("key", "stream", "start", "words"),
+    [
+        (0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88, None),
+    ],
+)
+def test_the_random_words_are_those_of_philox(
+    key: int, stream: int, start: int, words: tuple[int, ...] | None
+) -> None:
+    """The first vector of Random123's known answers; the second against plain Python."""
+    out = np.empty(4, np.uint32)
+    sparsify.random_words(np.uint64(key), np.uint64(stream), np.uint64(start * 4 % 2**64), 4, out)
+    assert tuple(out) == (words or philox(start * 4 % 2**64 // 4, stream, key))
+
+
+def philox(place: int, stream: int, key: int) -> tuple[int, ...]:
+    """Philox4x32-10 as published (Salmon et al. 2011, section 4.3)."""
+    low = 2**32 - 1
+    a, b, c, d = place & low, place >> 32, stream & low, stream >> 32
+    k, n = key & low, key >> 32
+    for _ in range(10):
+        p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (q >> 32) ^ b ^ k, q & low, (p >> 32) ^ d ^ n, p & low
+        k, n = (k + 0x9E3779B9) & low, (n + 0xBB67AE85) & low
+    return a, b, c, d
 
 
 def test_dare_keeps_its_density_and_its_l1_norm(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from checkpoints import HIDDEN, llama, llama_tensors, read_model, write_model
 from conftest import Run
 
 from mergelab.errors import UserError
+from mergelab.methods import METHODS
+from mergelab.parameters import Setting, describe
 from mergelab.plan import SHARD_SIZE, make_plan
-from mergelab.recipe import Setting, load_recipe
+from mergelab.recipe import load_recipe
 from mergelab.study import load_study
 
 TIES = """\
@@ -55,8 +57,8 @@ def test_misspelled_parameter(mergelab: Run, models: Path) -> None:
         models,
         TIES.replace("density", "densty"),
         "r.yaml:11: ties has no parameter 'densty'. Did you mean 'density'?\n"
-        "  ties takes: weight (per model), density (per model, 0 to 1), normalize, lambda, "
-        "int8_mask.   More: mergelab explain ties",
+        f"  ties takes: {', '.join(map(describe, METHODS['ties'].parameters))}.   "
+        "More: mergelab explain ties",
     )
 
 
@@ -65,8 +67,8 @@ def test_unknown_method(mergelab: Run, models: Path) -> None:
         mergelab,
         models,
         TIES.replace("ties", "tiess"),
-        "r.yaml:1: there is no merge method 'tiess'. Did you mean 'ties'?\n  Methods: linear, "
-        "slerp, task_arithmetic, ties, dare_linear, dare_ties, passthrough.",
+        "r.yaml:1: there is no merge method 'tiess'. Did you mean 'ties'?\n"
+        f"  Methods: {', '.join(METHODS)}.",
     )
 
 
@@ -76,8 +78,8 @@ def test_unknown_key(mergelab: Run, models: Path) -> None:
         models,
         TIES.replace("dtype", "dtyp"),
         "r.yaml:3: a recipe has no key 'dtyp'. Did you mean 'dtype'?\n  a recipe takes: "
-        "merge_method, base_model, models, slices, parameters, dtype, out_dtype, "
-        "tokenizer_source, name.",
+        "merge_method, base_model, models, slices, modules, parameters, dtype, out_dtype, "
+        "tokenizer_source, tokenizer, chat_template, allow_not_finite, name.",
     )
 
 
@@ -97,8 +99,8 @@ def test_missing_model_folder(mergelab: Run, models: Path) -> None:
         mergelab,
         models,
         TIES.replace("model: a", "model: ./aa"),
-        "r.yaml: model ./aa: there is no such folder (paths start at the current folder), and "
-        "it is no hub model (org/name@<40-hex commit>).",
+        "r.yaml: model ./aa: there is no such folder or .safetensors file (paths start at the "
+        "current folder), and it is no hub model (org/name@<40-hex commit>).",
     )
 
 
@@ -135,7 +137,8 @@ def test_different_vocabulary_sizes(mergelab: Run, models: Path) -> None:
         models,
         TIES,
         "tensor model.embed_tokens.weight: the models have different vocabularies: "
-        "base [48, 16] BF16, a [50, 16] BF16. Merge models that share one tokenizer.",
+        "base [48, 16] BF16, a [50, 16] BF16. Merge models that share one tokenizer, or add "
+        "'tokenizer_source: union' (all tokens) or 'tokenizer_source: base' (the base's).",
     )
 
 
@@ -147,7 +150,8 @@ def test_vocabularies_of_one_size_with_other_tokens(mergelab: Run, models: Path)
         models,
         TIES,
         "models base and a have different vocabularies: 100% of the token ids mean different "
-        "tokens. Merge models that share one tokenizer.",
+        "tokens. Merge models that share one tokenizer, or add 'tokenizer_source: union' (all "
+        "tokens) or 'tokenizer_source: base' (the base's).",
     )
 
 
@@ -258,11 +262,14 @@ def test_no_disk_space(mergelab: Run, models: Path) -> None:
         (("weight: 0.5\n      ", ""), "r.yaml:8: ties needs 'weight' for a."),
         (("- model: a\n", "- model: base\n"), "model base is listed twice"),
         (("normalize: true", "normalize: 3"), "'normalize' must be true or false"),
-        (("models:", "slices: []\nmodels:"), "needs either 'models' or 'slices'"),
+        (
+            ("models:", "slices: []\nmodels:"),
+            "a recipe needs exactly one of 'models', 'slices' or 'modules'.",
+        ),
         (("weight: 0.5", "lambda: 0.5\n      weight: 0.5"), "'lambda' belongs to the whole merge"),
         (("weight: 0.5", "weight: {filter: mlp, value: 1}"), "none of its filters matches"),
-        (("dtype: float32", "chat_template: auto"), "'chat_template' is not supported yet"),
-        (("dtype: float32", "tokenizer_source: union"), "only 'tokenizer_source: base'"),
+        (("dtype: float32", "chat_template: chatlm"), "Did you mean 'chatml'?"),
+        (("dtype: float32", "tokenizer_source: unoin"), "Did you mean 'union'?"),
     ],
 )
 def test_recipe_mistakes(

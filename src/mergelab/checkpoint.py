@@ -183,12 +183,22 @@ def _check_layout(file: Path, tensors: list[Tensor], start: int, length: int) ->
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder: config and tensors. `label` is its name in messages."""
+    """A model folder: config and tensors. `label` is its name in messages.
+
+    A raw checkpoint has an empty config; if it is one file and no folder of its own, `file` is it.
+    `extra` names further input files whose hashes belong to the record (those of an adapter)."""
 
     label: str
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    extra: tuple[Path, ...] = ()
+    file: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """What belongs to this model alone, and no merge may overwrite: its folder, or its file."""
+        return self.file or self.folder
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -198,6 +208,8 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
         """Names of tokenizer, chat template and generation files that travel with a merge."""
+        if self.file:
+            return ()
         names = (p.name for p in self.folder.iterdir() if p.is_file())
         return tuple(sorted(name for name in names if TOKENIZER.match(name)))
 
@@ -224,7 +236,7 @@ class Checkpoint:
     def vocabulary(self) -> dict[str, int]:
         """Token to id, from tokenizer.json; empty where the model has none."""
         path = self.folder / "tokenizer.json"
-        if not path.is_file():
+        if self.file or not path.is_file():
             return {}
         data = _json_object(path)
         try:
@@ -247,10 +259,11 @@ def split_layer(name: str) -> tuple[str, int | None, str]:
 
 
 def open_checkpoint(folder: Path, label: str) -> Checkpoint:
-    """Read config and headers of a model folder; no weight is read.
+    """Read config and headers of a model folder, or of one .safetensors file; no weight is read.
 
-    Raises UserError for a missing folder, config or shard, an index that leaves the folder,
-    and every defect that `read_header` finds, all shards at once."""
+    A folder without config.json is a raw checkpoint if it holds one weight file or an index.
+    Raises UserError for a missing folder or shard, an index that leaves the folder, and every
+    defect that `read_header` finds, all shards at once."""
     try:
         return _open(folder, label)
     except OSError as error:
@@ -261,25 +274,26 @@ def open_checkpoint(folder: Path, label: str) -> Checkpoint:
 
 
 def _open(folder: Path, label: str) -> Checkpoint:
+    if folder.is_file():
+        tensors = _tensors(folder.parent, label, folder.name)
+        return Checkpoint(label, folder.parent, {}, tensors, file=folder)
     if not folder.is_dir():
         raise UserError(f"model {label}: there is no folder {folder}. Check the name or the path.")
     config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"model {label}: {folder} has no config.json; is it a model folder?")
-    checkpoint = Checkpoint(label, folder, _json_object(config), _tensors(folder, label))
-    if checkpoint.config.get("quantization_config"):
+    facts = _json_object(config) if config.is_file() else {}
+    if facts.get("quantization_config"):
         raise UserError(
             f"model {label}: is quantised (quantization_config in {config}); packed weights cannot "
             "be merged. Use the unquantised model."
         )
-    return checkpoint
+    return Checkpoint(label, folder, facts, _tensors(folder, label))
 
 
-def _tensors(folder: Path, label: str) -> dict[str, Tensor]:
-    """Every tensor of a model, from the file that the index names for it."""
+def _tensors(folder: Path, label: str, file: str | None = None) -> dict[str, Tensor]:
+    """Every tensor of `file`, or of a model folder, from the file that the index names for it."""
     index = folder / INDEX
-    where = _index(index, label) if index.is_file() else None
-    names = sorted(set(where.values())) if where else [_single(folder, label)]
+    where = _index(index, label) if index.is_file() and not file else None
+    names = sorted(set(where.values())) if where else [file or _single(folder, label)]
     problems, found = Problems(), dict[str, Tensor]()
     for name in names:
         try:
@@ -295,13 +309,23 @@ def _tensors(folder: Path, label: str) -> dict[str, Tensor]:
         problems.add(f"model {label}: {index} names {tensor_name}, but no file has it.")
     problems.raise_if_any()
     if not found:
-        raise UserError(f"model {label}: {folder} holds no tensors. Is the download complete?")
+        place = folder / (file or "")
+        raise UserError(f"model {label}: {place} holds no tensors. Is the download complete?")
     return found
 
 
 def _single(folder: Path, label: str) -> str:
+    """Name of a folder's only weight file; without a config (a raw checkpoint) any name will do."""
     if (folder / SINGLE).is_file():
         return SINGLE
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"model {label}: {folder} is an adapter. Write the model that it was trained on before "
+            f"it: MODEL+{label}."
+        )
+    raw = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(raw) == 1 and not (folder / "config.json").is_file():
+        return raw[0]
     if any(folder.glob("*.bin")):
         raise UserError(
             f"model {label}: {folder} holds only .bin (pickle) weights, which are never loaded. "

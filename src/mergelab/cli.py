@@ -69,7 +69,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Threads; the result does not 
 ShardSize = Annotated[
     str, typer.Option("--shard-size", help="Largest weight file, such as 5GB or 500MB.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random masks of dare_*.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random masks of dare_* and della*.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RESULTS = Path("results")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -102,43 +102,84 @@ def merge(
     shard_size: ShardSize = "5GB",
     workers: Workers = 1,
     seed: Seed = 0,
+    part: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N", help="Write only this part, such as 3/8; the last part done finishes."
+        ),
+    ] = "1/1",
     results: Results = RESULTS,
     record: RecordFile = None,
 ) -> None:
     """Merge models as a recipe says. Same recipe, same inputs: same bytes.
 
-    Everything that can be wrong is reported before any weight is written; an interrupted merge
-    leaves nothing at DIR, and the same command completes it."""
+    Everything that can be wrong is reported before any weight is written. An interrupted merge
+    leaves nothing at DIR; the same command goes on where it was. Parts may run in any order, at
+    the same time, and on several machines that share a disk."""
     from mergelab import engine
 
+    parts = _part(part)
     planned = _plan(recipe, results, shard_size)
     for warning in planned.warnings:
         say(f"note: {warning}")
     _forget(out.parent.parent, "merge", out.name)
     try:
-        outcome = engine.merge(planned, out, workers=workers, seed=seed)
+        outcome = engine.merge(planned, out, workers=workers, seed=seed, part=parts)
     except KeyboardInterrupt:
-        say(f"interrupted: nothing was written to {out}; the same command starts again.")
+        say(f"interrupted: there is nothing at {out} yet; the same command goes on from here.")
         raise
-    _record(record, outcome)
+    if outcome:
+        _record(record, outcome)
 
 
 @app.command()
 def plan(
     recipe: RecipeFile,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Where the merge would go; nothing is written there."),
+    ] = None,
     shard_size: ShardSize = "5GB",
     results: Results = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a merge would read and write, and which tensors get which parameters."""
-    from mergelab import show
+    """Show what a merge would read, write and need, and which tensors get which parameters.
+
+    Of hub models that are not here, only config, tokenizer and headers are fetched."""
+    from mergelab import estimate, show
     from mergelab.plan import describe
 
-    description = describe(_plan(recipe, results, shard_size))
+    planned = _plan(recipe, results, shard_size, weights=False)
+    place = out or results / recipe.resolve().parent.name / "merged" / recipe.stem
+    costs = estimate.costs(planned, place, passes=planned.passes)
+    description = describe(planned)
     if as_json:
-        typer.echo(json.dumps(description, indent=1))
+        typer.echo(json.dumps({**description, "costs": costs}, indent=1))
     else:
-        show.plan(description)
+        show.plan(description, costs)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Model folder or .safetensors file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The one to compare with A.")],
+    as_json: AsJson = False,
+    workers: Workers = 1,
+) -> None:
+    """Compare two models tensor by tensor: same bits, or how far apart?
+
+    Counts the elements that differ and tells the largest distance in ulp (steps from one number
+    of the format to the next), the largest absolute difference, and the cosine of each tensor.
+    Formats may differ: a float32 model and its bfloat16 copy are 0 ulp of bfloat16 apart.
+    Exit code 0 whether equal or not; scripts read `identical` of `--json`."""
+    from mergelab import diff as comparison
+    from mergelab.checkpoint import open_checkpoint
+
+    result = comparison.compare(open_checkpoint(a, str(a)), open_checkpoint(b, str(b)), workers)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        comparison.show(result)
 
 
 @app.command()
@@ -286,15 +327,22 @@ def _study(folder: Path) -> Any:
     return load_study(folder.parent if folder.name == "study.yaml" else folder)
 
 
-def _plan(recipe: Path, results: Path, shard_size: str) -> Any:
+def _plan(recipe: Path, results: Path, shard_size: str, *, weights: bool = True) -> Any:
     from mergelab import locate
     from mergelab.plan import make_plan
     from mergelab.recipe import load_recipe
 
     size = _bytes(shard_size)
     loaded = load_recipe(recipe)
-    folders = locate.folders(loaded, results / recipe.resolve().parent.name)
+    folders = locate.folders(loaded, results / recipe.resolve().parent.name, weights=weights)
     return make_plan(loaded, folders, shard_size=size)
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part {text}: write part and number of parts, such as 3/8.")
+    return int(match[1]), int(match[2])
 
 
 def _bytes(text: str) -> int:

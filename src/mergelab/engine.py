@@ -1,30 +1,37 @@
 """The engine: surveys and merges a planned model block by block, and writes it where planned.
 
 Memory is a few blocks per model and worker, whatever the size of tensors, shards and models (C2).
-Blocks of a tensor are folded in order; workers take different tensors: same bytes (C3)."""
+Blocks of a tensor are taken in order; workers take different tensors: same bytes (C3). Finished
+tensors are noted in a journal, so that a killed merge, or the parts of a divided one, go on."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import itertools
 import json
+import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-
-from mergelab.checkpoint import FLOATS, INDEX, Tensor, count_not_finite, from_float
+from mergelab import hashes
+from mergelab.blocks import Buffers, Files, TensorMerge
+from mergelab.chat import chosen_template, with_template
+from mergelab.checkpoint import INDEX, Checkpoint, Tensor, read_header
 from mergelab.errors import UserError
-from mergelab.folders import alone, building
-from mergelab.methods.base import BLOCK, Array, Block, Method, Stats, Sums
+from mergelab.folders import alone, move_into_place, partial_folder, sync
+from mergelab.hub_headers import check_whole
+from mergelab.journal import PATTERN, Journal, pieces
+from mergelab.methods.base import Stats, Sums
 from mergelab.plan import Plan
-from mergelab.progress import Bar, bar, say, size
+from mergelab.progress import bar, say, size
 from mergelab.record import (
     canonical,
-    file_entries,
+    digest,
     file_sha256,
     machine,
     packages,
@@ -33,64 +40,230 @@ from mergelab.record import (
 )
 from mergelab.writer import (
     RECORD,
+    Flusher,
     Planned,
     check_replaceable,
     check_space,
     check_target,
     disk_full,
-    shards,
-    write_at,
+    place_shards,
+    share,
 )
 
-VERSION = 2  # of plan, engine and rounding; methods have versions of their own
+VERSION = 3  # of plan, engine and rounding; methods have versions of their own
+WHOLE = (1, 1)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def merge(plan: Plan, out: Path, *, workers: int = 1, seed: int = 0) -> dict[str, Any]:
-    """Carry out a plan; `out` becomes the merged model with its record. Returns the record.
-
-    If `out` already holds this very merge, nothing is done. Raises UserError for a full disk,
-    an unusable `out`, or a result that is not finite; then `out` is as it was before."""
-    check_target(out, [checkpoint.folder for checkpoint in plan.checkpoints.values()])
-    out = out.resolve() if out.is_symlink() else out
-    if not out.exists():
-        check_space(out, plan.bytes_out)
-    small = _small_files(plan)
-    identity = _identity(plan, small, seed, _inputs(plan, workers))
-    with alone(out):
-        record = _finished(out, identity)
-        if record:
-            say(f"{out}: is up to date")
-            return record
-        check_space(out, plan.bytes_out)
-        replaced = check_replaceable(out)
-        with building(out, "merge") as folder, disk_full(out):
-            record = _build(plan, folder, small, identity, workers)
-    again = " (in place of an earlier merge)" if replaced else ""
-    dtypes = ", ".join(sorted({t.dtype for t in plan.tensors}))
-    say(f"wrote {out}: {len(plan.tensors)} tensors, {size(plan.bytes_out)}, {dtypes}{again}")
-    return record
-
-
-def _build(
-    plan: Plan, folder: Path, small: dict[str, bytes], identity: dict[str, Any], workers: int
+def merge(
+    plan: Plan, out: Path, *, workers: int = 1, seed: int = 0, part: tuple[int, int] = WHOLE
 ) -> dict[str, Any]:
-    """Write the whole model into `folder`, its record last."""
-    started = time.monotonic()
-    hashes = _write_weights(plan, folder, workers, identity["seed"])
-    for name, data in small.items():
-        write_bytes(folder / name, data)
-    names = [path.name for path in folder.iterdir()]
-    record = {
-        **identity,
-        "outputs": {"files": file_entries(folder, names), "tensors": hashes},
-        "warnings": list(plan.warnings),
-        "packages": packages(),
-        "machine": machine(),
-        "workers": workers,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    write_json(folder / RECORD, record)
-    return record
+    """Carry out a plan, or part i of n of it; `out` becomes the merged model with its record.
+
+    Returns the record; nothing ({}) if other parts are still missing. If `out` already holds this
+    very merge, nothing is done. Raises UserError for a full disk, an unusable `out`, or entries
+    that are not finite; then `out` is as it was before."""
+    check_target(out, [c.place for c in plan.checkpoints.values()])
+    out = out.resolve() if out.is_symlink() else out
+    check_space(out, plan.bytes_out - _held(out))
+    for checkpoint in plan.checkpoints.values():
+        check_whole(checkpoint.folder)
+    small = _small_files(plan)
+    states = _states(plan)
+    _check_layouts(plan)
+    identity = _identity(plan, small, seed, _inputs(plan, workers))
+    job = _Job(plan, out, small, identity, states, workers, part)
+    with ExitStack() as held:
+        if part == WHOLE:
+            held.enter_context(alone(out))
+        else:
+            name = f"{out.name}.part-{part[0]}-of-{part[1]}"
+            held.enter_context(alone(out.with_name(name)))
+        return job.run()
+
+
+class _Job:
+    """One process's share of a merge."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        small: dict[str, bytes],
+        identity: dict[str, Any],
+        states: dict[Path, list[int]],
+        workers: int,
+        part: tuple[int, int],
+    ) -> None:
+        self.plan, self.out, self.small, self.identity = plan, out, small, identity
+        self.states = states
+        self.workers, self.part = workers, part
+        self.started = time.monotonic()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else makes or finishes the folder meanwhile; a whole merge holds this anyway."""
+        if self.part == WHOLE:
+            yield
+        else:
+            with alone(self.out):
+                yield
+
+    def run(self) -> dict[str, Any]:
+        """Write this part's tensors; finish the model if they were the last."""
+        with self.alone():
+            record = _finished(self.out, self.identity)
+            if record:
+                say(f"{self.out}: is up to date")
+                return record
+            folder = self.prepare()
+        try:
+            with disk_full(self.out):
+                journal = Journal(folder, "{}-of-{}".format(*self.part))
+                hashed = self.write(folder, journal)
+                self.check_states(journal)
+                with self.alone():
+                    return self.finish(folder, journal, hashed)
+        except BaseException as error:
+            if isinstance(error, FileNotFoundError) and not folder.is_dir():
+                return self.done_elsewhere()
+            if self.part == WHOLE and not isinstance(error, KeyboardInterrupt):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def done_elsewhere(self) -> dict[str, Any]:
+        """The record, if other parts finished the model while this one was at work."""
+        record = _finished(self.out, self.identity)
+        if record is None:
+            raise UserError(
+                f"{self.out}: another merge removed what this part was writing. "
+                "Merge one recipe at a time into a folder, and run the parts again."
+            ) from None
+        return record
+
+    def prepare(self) -> Path:
+        """The partial folder, with every shard at its full size; kept from an interrupted run."""
+        check_replaceable(self.out)
+        key = digest(self.identity)[:12]
+        folder = partial_folder(self.out, f"merge-{key}")
+        try:
+            with disk_full(self.out):
+                check_space(self.out, self.plan.bytes_out - _allocated(folder))
+                place_shards(folder, self.plan.headers, self.plan.tensors)
+        except BaseException:
+            if not any(folder.glob(PATTERN)):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
+
+    def write(self, folder: Path, journal: Journal) -> dict[str, str]:
+        """Merge this part's tensors that are not done yet; the sha256 of each file, if whole."""
+        mine = share(self.plan.tensors, *self.part)
+        method = self.plan.recipe.method
+        total = sum(tensor.nbytes for tensor in mine)
+        with ExitStack() as stack:
+            files, buffers = Files(), Buffers()
+            stack.callback(files.close)
+            progress = stack.enter_context(bar(f"merge ({method.name})", total))
+            pool = stack.enter_context(ThreadPoolExecutor(self.workers))
+
+            def task(tensor: Planned) -> TensorMerge:
+                return TensorMerge(
+                    method,
+                    tensor,
+                    self.identity["seed"],
+                    files,
+                    buffers,
+                    lenient=self.plan.recipe.allow_not_finite,
+                )
+
+            surveyed = _survey_model(self.plan, task, pool, self.workers)
+
+            def work(tensor: Planned) -> None:
+                if journal.holds(tensor):
+                    progress.advance(tensor.nbytes)
+                    return
+                with (folder / tensor.file).open("r+b") as file:
+                    found = task(tensor).write(
+                        file.fileno(), progress, *surveyed.get(tensor.name, (None, None))
+                    )
+                journal.add(tensor.name, found)
+
+            if self.part == WHOLE:
+                return _hash_files(self.plan, folder, _in_order(pool, work, mine))
+            for _ in _in_order(pool, work, mine):
+                pass
+        for file in {tensor.file for tensor in mine}:
+            sync(folder / file)
+        return {}
+
+    def finish(self, folder: Path, journal: Journal, hashed: dict[str, str]) -> dict[str, Any]:
+        """Put the model in place if all parts are there; its record is written last."""
+        if not folder.is_dir():  # another part was faster
+            return _finished(self.out, self.identity) or {}
+        journal.load()
+        missing = [t for t in self.plan.tensors if t.name not in journal.done | journal.noted]
+        if missing:
+            say(
+                f"part {self.part[0]} of {self.part[1]} is done; "
+                f"{len(missing)} tensors of other parts are still to come"
+            )
+            return {}
+        if not hashed:
+            for tensor in self.plan.tensors:
+                if not journal.holds(tensor):
+                    raise UserError(
+                        f"{self.out}: tensor {tensor.name} is not as it was written. "
+                        "Check the disk, and run the parts again."
+                    )
+            hashed = _hash_files(self.plan, folder, iter(self.plan.tensors))
+        for name, data in self.small.items():
+            write_bytes(folder / name, data)
+        record = self.record(folder, journal, hashed)
+        for path in folder.glob(PATTERN):
+            path.unlink()
+        write_json(folder / RECORD, record)
+        replaced = check_replaceable(self.out)
+        move_into_place(folder, self.out)
+        self.tell(replaced)
+        return record
+
+    def check_states(self, journal: Journal) -> None:
+        """Raise UserError if an input file was written to since it was hashed."""
+        now = _states(self.plan)
+        for path in (path for path, state in self.states.items() if now[path] != state):
+            journal.path.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: was changed while it was merged; nothing was kept. "
+                "Run the same command again once nobody writes to it."
+            )
+
+    def record(self, folder: Path, journal: Journal, hashed: dict[str, str]) -> dict[str, Any]:
+        """What happened."""
+        hashed = hashed | {n: hashlib.sha256(data).hexdigest() for n, data in self.small.items()}
+        entries = [
+            {"name": name, "bytes": (folder / name).stat().st_size, "sha256": sha256}
+            for name, sha256 in sorted(hashed.items())
+        ]
+        tensors = {tensor.name: journal.done[tensor.name] for tensor in self.plan.tensors}
+        return {
+            **self.identity,
+            "outputs": {"files": entries, "tensors": tensors},
+            "warnings": list(self.plan.warnings),
+            "packages": packages(),
+            "machine": machine(),
+            "workers": self.workers,
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+
+    def tell(self, replaced: bool) -> None:
+        """Say what was written."""
+        again = " (in place of an earlier merge)" if replaced else ""
+        tensors = self.plan.tensors
+        dtypes = ", ".join(sorted({t.dtype for t in tensors}))
+        written = size(self.plan.bytes_out)
+        say(f"wrote {self.out}: {len(tensors)} tensors, {written}, {dtypes}{again}")
 
 
 def _identity(
@@ -111,29 +284,75 @@ def _identity(
 
 def _small_files(plan: Plan) -> dict[str, bytes]:
     """Config, index, tokenizer and generation files of the merged model, by name."""
-    files = {}
     try:
-        for name in plan.donor.tokenizer_files:
-            files[name] = (plan.donor.folder / name).read_bytes()
+        donated = {n: (plan.donor.folder / n).read_bytes() for n in plan.donor.tokenizer_files}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}.") from None
-    values = {"config.json": plan.config} | ({INDEX: plan.index} if plan.index else {})
+    files = dict(plan.vocabulary.files) if plan.vocabulary else donated
+    if plan.recipe.chat_template:
+        models = [plan.checkpoints[name] for name in plan.recipe.models]
+        template = chosen_template(plan.recipe.chat_template, models)
+        files = with_template(files, template) if template else files
+    values = {"config.json": plan.config} if plan.config else {}
+    values |= {INDEX: plan.index} if plan.index else {}
     for name, value in values.items():
         files[name] = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
     return files
 
 
 def _inputs(plan: Plan, workers: int) -> list[dict[str, Any]]:
-    """Each model's weight files with size and sha256, in recipe order."""
-    paths = [(c, c.folder / name) for c in plan.checkpoints.values() for name in c.files]
-    total = sum(path.stat().st_size for _, path in paths)
+    """Each model's files with size and sha256, in recipe order.
+
+    Raises UserError if a file is not the one that was downloaded or merged, by its record."""
+    paths = {c.label: input_files(c) for c in plan.checkpoints.values()}
+    every = list(dict.fromkeys(path for group in paths.values() for path in group))
+    total = sum(path.stat().st_size for path in every)
     with bar("hash inputs", total) as progress, ThreadPoolExecutor(workers) as pool:
-        hashes = list(pool.map(lambda pair: file_sha256(pair[1], progress.advance), paths))
-    files: dict[str, list[dict[str, Any]]] = {label: [] for label in plan.checkpoints}
-    for (checkpoint, path), sha256 in zip(paths, hashes, strict=True):
-        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
-        files[checkpoint.label].append(entry)
-    return [{"model": label, "files": entries} for label, entries in files.items()]
+        found = pool.map(lambda path: hashes.sha256(path, progress.advance), every)
+        hashed = dict(zip(every, found, strict=True))
+    for path, sha256 in hashed.items():
+        if hashes.noted(path.parent).get(path.name, sha256) != sha256:
+            raise UserError(
+                f"{path}: is not the file that was downloaded or merged: its sha256 is {sha256}, "
+                "the record beside it has another. It is damaged or was changed; make it again."
+            )
+    return [
+        {
+            "model": label,
+            "files": [
+                {"name": path.name, "bytes": path.stat().st_size, "sha256": hashed[path]}
+                for path in group
+            ],
+        }
+        for label, group in paths.items()
+    ]
+
+
+def _states(plan: Plan) -> dict[Path, list[int]]:
+    """What changes of each input file when anyone writes to it."""
+    every = [path for c in plan.checkpoints.values() for path in input_files(c)]
+    try:
+        return {path: hashes.identity(path) for path in every}
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be read any more: {error.strerror}. "
+            "Was the model moved or deleted?"
+        ) from None
+
+
+def _check_layouts(plan: Plan) -> None:
+    """Raise UserError if a weight file no longer has the header that the plan was made from."""
+    sources = {s for tensor in plan.tensors for s in tensor.sources if isinstance(s, Tensor)}
+    held = {t for file in {s.file for s in sources} for t in read_header(file).values()}
+    for tensor in sorted(sources - held, key=lambda t: t.name):
+        raise UserError(
+            f"{tensor.file}: was changed after the merge was planned. Run the same command again."
+        )
+
+
+def input_files(checkpoint: Checkpoint) -> list[Path]:
+    """Every file of a model whose bytes reach the merge."""
+    return [*(checkpoint.folder / name for name in checkpoint.files), *checkpoint.extra]
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -144,130 +363,81 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             return None
         files = record["outputs"]["files"]
         whole = all(file_sha256(out / file["name"]) == file["sha256"] for file in files)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record if whole else None
 
 
-def _write_weights(plan: Plan, folder: Path, workers: int, seed: int) -> dict[str, str]:
-    """Merge every tensor; returns sha256 of each one's bytes, by name."""
-    total = sum(tensor.nbytes for tensor in plan.tensors)
-    with (
-        shards(folder, plan.headers, plan.tensors),
-        bar(f"merge ({plan.recipe.method.name})", total) as progress,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-
-        def work(tensor: Planned) -> str:
-            with (folder / tensor.file).open("r+b") as file:
-                task = _TensorMerge(plan.recipe.method, tensor, seed)
-                return task.write(file.fileno(), progress)
-
-        futures = [pool.submit(work, tensor) for tensor in plan.tensors]
-        try:
-            hashes = [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return dict(zip((t.name for t in plan.tensors), hashes, strict=True))
+def _held(out: Path) -> int:
+    """Bytes of disk that interrupted merges into `out` hold; they are gone on with, or deleted."""
+    return sum(map(_allocated, out.parent.glob(f".{glob.escape(out.name)}.*.partial")))
 
 
-class _TensorMerge:
-    """One output tensor: survey rounds over its blocks, then the merge pass."""
-
-    def __init__(self, method: Method, tensor: Planned, seed: int) -> None:
-        self.method, self.tensor = method, tensor
-        self.keys = tensor.keys(seed) if method.random else ()
-        wide = "F64" in {tensor.dtype, *(source.dtype for source in tensor.sources)}
-        self.work = "<f8" if wide else "<f4"
-
-    def write(self, handle: int, progress: Bar) -> str:
-        digest = hashlib.sha256()
-        position = self.tensor.offset
-        for bits in self.copied() if self.tensor.copied else self.merged():
-            data = np.ascontiguousarray(bits).view("u1").data
-            write_at(handle, data, position)
-            digest.update(data)
-            position += len(data)
-            progress.advance(len(data))
-        return digest.hexdigest()
-
-    def starts(self) -> range:
-        return range(0, self.tensor.size, BLOCK)
-
-    def block(self, start: int) -> Block:
-        stop = min(start + BLOCK, self.tensor.size)
-
-        def read(source: Tensor) -> Array:
-            return source.floats(start, stop, self.work)
-
-        base = read(self.tensor.base) if self.tensor.base else None
-        experts = tuple(read(expert) for expert in self.tensor.experts)
-        return Block(base, experts, start, self.tensor.size, self.keys)
-
-    def survey(self) -> tuple[dict[str, Any], Iterator[Sums]]:
-        """Statistics after all rounds, and the last round's sums in front of each block."""
-        stats: dict[str, Any] = {}
-        last: list[Sums] = []
-        settings = self.tensor.settings
-        for number, round in enumerate(self.method.rounds, start=1):
-            parts = (round.measure(self.block(s), settings, stats) for s in self.starts())
-            if number == len(self.method.rounds):
-                last = list(parts)
-            total = _fold(last or parts)
-            stats = {**stats, **round.conclude(total, settings, stats)}
-        return stats, _running(last)
-
-    def merged(self) -> Iterator[Array]:
-        if not self.tensor.size:
-            return
-        stats, running = self.survey()
-        for start, before in zip(self.starts(), running, strict=False):
-            yield self.merge_block(self.block(start), stats, before)
-
-    def merge_block(self, block: Block, stats: Stats, before: Sums) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = self.method.merge(block, self.tensor.settings, stats, before)
-            bits = from_float(values, self.tensor.dtype)
-        self.check_finite(bits)
-        return bits
-
-    def check_finite(self, bits: Array) -> None:
-        dtype = self.tensor.dtype
-        if dtype in FLOATS and (wrong := count_not_finite(bits, dtype)):
-            raise UserError(
-                f"tensor {self.tensor.name}: {wrong} merged entries are infinite or not a number. "
-                "Check the inputs for the same, or use a wider dtype."
-            )
-
-    def copied(self) -> Iterator[Array]:
-        """The source's bits, once all sources are seen to hold the same."""
-        first, *others = (source.bits() for source in self.tensor.sources)
-        for start in self.starts():
-            bits = first[start : start + BLOCK]
-            if not all(np.array_equal(bits, o[start : start + BLOCK]) for o in others):
-                raise UserError(
-                    f"tensor {self.tensor.name}: is stored as integers that differ between the "
-                    "models, and integers cannot be merged. Remove it or make the models agree."
-                )
-            self.check_finite(bits)
-            yield bits
+def _allocated(folder: Path) -> int:
+    """Bytes of disk that the files of a folder have already."""
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
 
-def _fold(parts: Iterable[Sums]) -> Sums:
-    """Add measurements over blocks, in block order."""
-    total: Sums = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total[name] + value if name in total else value
-    return total
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T], ahead: int = 64
+) -> Iterator[R]:
+    """Results of `function` in the order of `items`; few wait, and an error stops the rest."""
+    running: list[Future[R]] = []
+    try:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > ahead:
+                yield running.pop(0).result()
+        while running:
+            yield running.pop(0).result()
+    finally:
+        for future in running:
+            future.cancel()
 
 
-def _running(parts: list[Sums]) -> Iterator[Sums]:
-    """For each block the sums over all blocks in front of it; endless zeros without a survey."""
-    if not parts:
-        yield from itertools.repeat({})
-    total = {name: np.zeros_like(value) for name, value in parts[0].items()}
-    for part in parts:
-        yield total
-        total = {name: total[name] + value for name, value in part.items()}
+def _survey_model(
+    plan: Plan,
+    task: Callable[[Planned], TensorMerge],
+    pool: ThreadPoolExecutor,
+    workers: int,
+) -> dict[str, tuple[Stats, Sums]]:
+    """Statistics over all tensors that ask for them (`scope: model`), and the running sums in
+    front of each tensor."""
+    tasks = [task(t) for t in plan.tensors if not t.copied]
+    tasks = [t for t in tasks if t.whole_model]
+    if not tasks:
+        return {}
+    stats: dict[str, Any] = {}
+    before: list[Sums] = [{} for _ in tasks]
+    for number, round in enumerate(plan.recipe.method.rounds):
+        if round.model_only:
+            before = []
+        total: Sums = {}
+        parts = _in_order(
+            pool, partial(TensorMerge.survey_round, number=number, stats=stats), tasks, 2 * workers
+        )
+        for part in parts:
+            if round.model_only:
+                before.append(total or {name: value * 0 for name, value in part.items()})
+            total = {name: total[name] + value if total else value for name, value in part.items()}
+        if total:
+            stats = {**stats, **round.conclude(total, tasks[0].tensor.settings, stats)}
+    return {t.tensor.name: (stats, state) for t, state in zip(tasks, before, strict=True)}
+
+
+def _hash_files(plan: Plan, folder: Path, done: Iterator[Any]) -> dict[str, str]:
+    """sha256 of each weight file, read while the next tensors are merged, and forced to disk.
+
+    `done` gives something for each tensor of the plan when its bytes are written."""
+    hashed = {}
+    for name, header in plan.headers.items():
+        digest = hashlib.sha256(header)
+        tensors = [tensor for tensor in plan.tensors if tensor.file == name]
+        with (folder / name).open("rb") as file, Flusher(file.fileno()) as flusher:
+            for tensor in tensors:
+                next(done)
+                for piece in pieces(file.fileno(), tensor):
+                    digest.update(piece)
+                flusher.wrote(tensor.nbytes)
+        hashed[name] = digest.hexdigest()
+    return hashed

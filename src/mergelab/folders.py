@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder(name: str) -> Path:
+    """$XDG_CACHE_HOME/mergelab/NAME, or ~/.cache/mergelab/NAME."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "mergelab" / name
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Let one process at a time build `out`; the others wait. The system frees a dead one's lock.

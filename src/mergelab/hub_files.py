@@ -11,6 +11,7 @@ from typing import Any
 from mergelab.checkpoint import INDEX, SINGLE, TOKENIZER
 from mergelab.errors import UserError
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -31,8 +32,12 @@ class HubFile:
 
 
 def needed(what: object, listing: dict[str, HubFile], index: Callable[[], str]) -> list[str]:
-    """Names to download: config, tokenizer and weights; each weight once, never code or pickles."""
+    """Names to download: config, tokenizer and weights; each weight once, never code or pickles.
+
+    Of an adapter its two files."""
     carried = [name for name in listing if TOKENIZER.match(name) and "/" not in name]
+    if "config.json" not in listing and all(name in listing for name in ADAPTER):
+        return sorted(ADAPTER)
     if "config.json" not in listing:
         raise UserError(f"{what}: has no config.json, so it is no transformers model.")
     if INDEX in listing:

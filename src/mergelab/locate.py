@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
-from mergelab import hub, models
+from mergelab import hub, hub_headers, models
+from mergelab.adapters import split_name
 from mergelab.errors import Problems, UserError, nearest
-from mergelab.recipe import Recipe, load_recipe
+from mergelab.recipe import load_recipe
+from mergelab.structure import Recipe
 from mergelab.study import Study, load_study
 
 PREFIX = "recipe:"
+SUFFIX = ".safetensors"
 
 
 def study_of(recipe: Path) -> Study | None:
@@ -18,54 +22,92 @@ def study_of(recipe: Path) -> Study | None:
     return load_study(recipe.parent) if (recipe.parent / "study.yaml").is_file() else None
 
 
-def folders(recipe: Recipe, results: Path) -> dict[str, Path]:
-    """The folder of every model of a recipe; hub models are downloaded if they are not there.
+def folders(recipe: Recipe, results: Path, *, weights: bool = True) -> dict[str, Path]:
+    """Where every model of a recipe is, and every adapter of a MODEL+ADAPTER, by their names.
 
     A name is, in this order: `recipe:NAME` (a merge of the same study), a model of study.yaml,
-    a local folder (absolute, or relative to the working directory), a hub id.
+    a local folder or .safetensors file (absolute, or relative to the working directory), a hub id,
+    which is downloaded if it is not there. An adapter is a local folder or a hub id.
+    Without `weights`, only what a plan needs of hub models is fetched (see hub_headers).
     Raises UserError with every name that stands for nothing."""
     study, problems = study_of(recipe.path), Problems()
     found = {}
     for name in recipe.models:
         try:
-            found[name] = folder(name, recipe, study, results)
+            model, adapter = parts(name, recipe, study)
+            found[model] = folder(model, recipe, study, results, weights=weights)
+            if adapter:
+                found[adapter] = _outside(adapter, recipe, results) or _nothing(
+                    adapter, recipe, study
+                )
         except UserError as error:
             problems.add(str(error))
     problems.raise_if_any()
     return found
 
 
-def folder(name: str, recipe: Recipe, study: Study | None, results: Path) -> Path:
+def parts(name: str, recipe: Recipe, study: Study | None) -> tuple[str, str | None]:
+    """MODEL and ADAPTER of MODEL+ADAPTER; the second is None where the name is all a model's."""
+
+    def known(part: str) -> bool:
+        if part.startswith(PREFIX):
+            return _source(part, recipe).is_file()
+        return bool(study and part in study.models) or bool(local(part))
+
+    return split_name(name, known) or (name, None)
+
+
+def folder(
+    name: str, recipe: Recipe, study: Study | None, results: Path, *, weights: bool = True
+) -> Path:
     """Where one model is; `results` is the folder of the study's results."""
     if name.startswith(PREFIX):
-        return _merge(name.removeprefix(PREFIX), recipe, results)
+        return _merge(name, recipe, results)
     if study is not None and name in study.models:
+        source = study.models[name].hub
+        if source and not weights:
+            pinned = hub.resolve(source, study.lock)
+            return hub_headers.folder_to_plan(pinned, models.folder(study, name, results))
         return models.existing(study, name, results)
-    local = local_folder(name)
-    if local:
-        return local
-    if "+" in name:
-        raise UserError(
-            f"{recipe.path}: model {name}: LoRA adapters (model+lora) are not supported yet. "
-            "Merge the adapter into its model first (peft: merge_and_unload)."
-        )
+    return _outside(name, recipe, results, weights=weights) or _nothing(name, recipe, study)
+
+
+def _outside(name: str, recipe: Recipe, results: Path, *, weights: bool = True) -> Path | None:
+    """A local folder or file, or the folder of a hub id, downloaded if it is not there."""
+    if found := local(name):
+        return found
+    if not is_hub_id(name):
+        return None
+    pinned = hub.resolve(name, recipe.path.parent / "lock.json")
+    out = results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
+    if not weights:
+        return hub_headers.folder_to_plan(pinned, out)
+    hub.download(pinned, out)
+    return out
+
+
+def fixed(name: str, recipe: Recipe, study: Study) -> str:
+    """What fixes the bytes of a model or adapter that is on this machine or a hub."""
+    if found := local(name):
+        return models.fingerprint(found)
     if is_hub_id(name):
-        pinned = hub.resolve(name, recipe.path.parent / "lock.json")
-        out = results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
-        hub.download(pinned, out)
-        return out
-    known = study.models if study else ()
+        return hub.resolve(name, study.lock).commit
+    return _nothing(name, recipe, study)
+
+
+def _nothing(name: str, recipe: Recipe, study: Study | None) -> NoReturn:
     raise UserError(
-        f"{recipe.path}: model {name}: there is no such folder (paths start at the current "
-        f"folder), and it is no hub model (org/name@<40-hex commit>).{nearest(name, known)}"
+        f"{recipe.path}: model {name}: there is no such folder or .safetensors file (paths start "
+        "at the current folder), and it is no hub model (org/name@<40-hex commit>)."
+        f"{nearest(name, study.models if study else ())}"
     )
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder of that name, absolute or relative to the working directory, if there is one."""
+def local(name: str) -> Path | None:
+    """The folder or .safetensors file of that name on this machine, if there is one."""
     try:
         path = Path(name).expanduser()
-        return path if path.is_dir() else None
+        return path if path.is_dir() or (path.suffix == SUFFIX and path.is_file()) else None
     except (OSError, RuntimeError, ValueError):  # too long, unknown ~user, a null character
         return None
 
@@ -82,22 +124,28 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_ids(recipes: Iterable[Path], study: Study | None) -> tuple[str, ...]:
-    """Hub ids that recipes use directly: neither models of the study nor local folders."""
+    """Hub ids that recipes use directly: neither models of the study nor on this machine."""
     known = study.models if study else {}
-    names = [name for path in recipes for name in load_recipe(path).models]
-    direct = [n for n in names if n not in known and not n.startswith(PREFIX)]
-    return tuple(dict.fromkeys(n for n in direct if is_hub_id(n) and not local_folder(n)))
+    loaded = [load_recipe(path) for path in recipes]
+    pairs = [parts(name, recipe, study) for recipe in loaded for name in recipe.models]
+    direct = [n for pair in pairs for n in pair if n and n not in known]
+    found = [n for n in direct if not n.startswith(PREFIX) and is_hub_id(n) and not local(n)]
+    return tuple(dict.fromkeys(found))
+
+
+def _source(name: str, recipe: Recipe) -> Path:
+    """The recipe that recipe:NAME stands for: beside this one."""
+    return recipe.path.parent / f"{name.removeprefix(PREFIX)}.yaml"
 
 
 def _merge(name: str, recipe: Recipe, results: Path) -> Path:
-    out = results / "merged" / name
-    source = recipe.path.parent / f"{name}.yaml"
+    out, source = results / "merged" / name.removeprefix(PREFIX), _source(name, recipe)
     if not source.is_file():
         names = [path.stem for path in recipe.path.parent.glob("*.yaml")]
-        raise UserError(f"{recipe.path}: there is no recipe {source}.{nearest(name, names)}")
+        hint = nearest(name.removeprefix(PREFIX), names)
+        raise UserError(f"{recipe.path}: there is no recipe {source}.{hint}")
     if not (out / "merge.json").is_file():
         raise UserError(
-            f"{recipe.path}: model {PREFIX}{name} is not merged yet. "
-            f"Run: mergelab merge {source} -o {out}"
+            f"{recipe.path}: model {name} is not merged yet. Run: mergelab merge {source} -o {out}"
         )
     return out

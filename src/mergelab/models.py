@@ -70,11 +70,11 @@ def existing(study: Study, name: str, results: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A cheap key of a local folder: names, sizes and modification times (ns) of its files.
+    """A cheap key of a local folder (or file): names, sizes and modification times (ns) of files.
 
     Reads no contents, so a restored time hides a change; records hold the real hashes."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in [folder] if folder.is_file() else sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             state = path.stat()
             digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())

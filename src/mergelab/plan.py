@@ -10,27 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoint import (
-    DTYPES,
-    FLOATS,
-    INDEX,
-    NAMES,
-    Checkpoint,
-    Tensor,
-    open_checkpoint,
-    split_layer,
-)
+from mergelab.adapters import open_adapted, split_name
+from mergelab.checkpoint import INDEX, NAMES, Checkpoint, open_checkpoint
 from mergelab.config import merged_config, warnings_about
 from mergelab.errors import Problems, UserError
-from mergelab.methods.base import BLOCK, Settings
-from mergelab.recipe import Recipe, Slice, Source, resolve
+from mergelab.methods.base import BLOCK
+from mergelab.modules import parts
+from mergelab.planner import Planner
+from mergelab.structure import Recipe
+from mergelab.vocabulary import Vocabulary, build
 from mergelab.writer import Planned, lay_out
 
 SHARD_SIZE = 5_000_000_000
-EMBEDDINGS = ("embed", "wte", "wpe")
-TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-NO_SHARE = 1e-8
-FEW = 3  # misfits of one kind that are told in full
 
 
 @dataclass(frozen=True)
@@ -44,6 +35,7 @@ class Plan:
     headers: Mapping[str, bytes]
     config: dict[str, Any]
     warnings: tuple[str, ...]
+    vocabulary: Vocabulary | None = None
 
     @property
     def bytes_out(self) -> int:
@@ -55,6 +47,20 @@ class Plan:
         """Bytes of all distinct input tensors that are read."""
         sources = {source for tensor in self.tensors for source in tensor.sources}
         return sum(source.nbytes for source in sources)
+
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read: to be hashed, for each survey round, to be merged."""
+        merged = [t for t in self.tensors if not t.copied]
+        settings = merged[0].settings if merged else None
+        rounds = [
+            round
+            for round in self.recipe.method.rounds
+            if settings
+            and round.begin(settings, 1)
+            and (not round.model_only or settings.shared.get("scope") == "model")
+        ]
+        return 2 + len(rounds)
 
     @property
     def bytes_memory(self) -> int:
@@ -72,259 +78,48 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -> Plan:
-    """Plan a merge of the models in `folders` (by their name in the recipe).
+    """Plan a merge of the models in `folders` (`locate.folders`: by their names in the recipe).
 
     Raises UserError with everything that is wrong with recipe and models together."""
     problems = Problems()
-    checkpoints: dict[str, Checkpoint] = {}
+    checkpoints = _open_all(recipe, folders, problems)
+    donor = checkpoints[recipe.base or recipe.models[0]]
+    modules = parts(recipe, checkpoints, donor, problems)
+    problems.raise_if_any()
+    vocabulary = None
+    if recipe.tokenizer:
+        vocabulary = build(checkpoints, recipe.base, recipe.models, recipe.tokenizer)
+    planner = Planner(recipe, modules, problems, vocabulary)
+    tensors = planner.tensors()
+    warnings = [
+        *warnings_about(checkpoints, donor, problems, tokens=vocabulary is None),
+        *planner.notes,
+        *(vocabulary.warnings if vocabulary else ()),
+    ]
+    problems.raise_if_any()
+    shards, headers = lay_out(tensors, shard_size)
+    config = merged_config(modules, donor, shards)
+    config = vocabulary.config(config) if vocabulary else config
+    return Plan(recipe, checkpoints, donor, shards, headers, config, tuple(warnings), vocabulary)
+
+
+def _open_all(
+    recipe: Recipe, folders: Mapping[str, Path], problems: Problems
+) -> dict[str, Checkpoint]:
+    """Every model of the recipe, MODEL+ADAPTER with its adapter applied."""
+    found: dict[str, Checkpoint] = {}
     for name in recipe.models:
         try:
-            checkpoints[name] = open_checkpoint(folders[name], name)
+            if name in folders:
+                found[name] = open_checkpoint(folders[name], name)
+                continue
+            model, adapter = split_name(name, folders.__contains__) or (name, name)
+            plain = open_checkpoint(folders[model], model)
+            found[name] = open_adapted(plain, folders[adapter], name)
         except UserError as error:
             problems.add(str(error))
     problems.raise_if_any()
-    donor = checkpoints[recipe.base or recipe.models[0]]
-    planner = _Planner(recipe, checkpoints, donor, problems)
-    tensors = planner.tensors()
-    warnings = tuple(warnings_about(checkpoints, donor, problems))
-    problems.raise_if_any()
-    shards, headers = lay_out(tensors, shard_size)
-    return Plan(
-        recipe,
-        checkpoints,
-        donor,
-        shards,
-        headers,
-        merged_config(recipe, checkpoints, donor, shards),
-        warnings,
-    )
-
-
-class _Planner:
-    """Finds the sources and parameters of each output tensor, noting every mistake."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        checkpoints: Mapping[str, Checkpoint],
-        donor: Checkpoint,
-        problems: Problems,
-    ) -> None:
-        self.recipe, self.checkpoints, self.donor = recipe, checkpoints, donor
-        self.problems = problems
-        self.misfits: dict[str, list[str]] = {}
-
-    def tensors(self) -> list[Planned]:
-        planned = self.whole() if self.recipe.whole else self.stacked()
-        for texts in self.misfits.values():
-            for text in texts[:FEW]:
-                self.problems.add(text)
-            if len(texts) > FEW:
-                self.problems.add(f"... and {len(texts) - FEW} more tensors like that.")
-        return sorted((p for p in planned if p is not None), key=lambda p: p.name)
-
-    def whole(self) -> list[Planned | None]:
-        """A `models` recipe: every tensor name that any model has."""
-        (slice,) = self.recipe.slices
-        names = dict.fromkeys([n for c in self.ordered() for n in c.tensors])
-        counts: dict[str, int] = {}
-        for name in names:
-            prefix, index, _ = split_layer(name)
-            counts[prefix] = max(counts.get(prefix, 0), (index or 0) + 1)
-        result = []
-        for name in names:
-            prefix, index, _ = split_layer(name)
-            at = 0.0 if index is None else position(index, counts[prefix])
-            sources = [(source, name) for source in self.sources(slice)]
-            result.append(self.tensor(name, slice, sources, at))
-        return result
-
-    def ordered(self) -> list[Checkpoint]:
-        return [self.donor, *(c for c in self.checkpoints.values() if c is not self.donor)]
-
-    def sources(self, slice: Slice) -> list[Source]:
-        """The sources of a slice; an unlisted base of task vectors comes last."""
-        listed = list(slice.sources)
-        base = self.recipe.base
-        if self.recipe.method.base == "needed" and base not in [s.model for s in listed]:
-            listed.append(Source(str(base), None, {}, slice.line))
-        return listed
-
-    def stacked(self) -> list[Planned | None]:
-        """A `slices` recipe: layers renumbered, embeddings of the first slice, head of the last."""
-        if not all(self.has_layers(slice) for slice in self.recipe.slices):
-            return []
-        result: list[Planned | None] = []
-        row = 0
-        for slice in self.recipe.slices:
-            begin, end = slice.sources[0].layers or (0, 0)
-            for k in range(end - begin):
-                at = position(k, end - begin)
-                for suffix in self.suffixes(slice, k):
-                    sources = []
-                    for source in slice.sources:
-                        model = self.checkpoints[source.model]
-                        layer = (source.layers or (0, 0))[0] + k
-                        sources.append((source, f"{model.stack}.{layer}.{suffix}"))
-                    name = f"{self.donor.stack}.{row}.{suffix}"
-                    result.append(self.tensor(name, slice, sources, at))
-                row += 1
-        return result + self.outside()
-
-    def has_layers(self, slice: Slice) -> bool:
-        ok = True
-        for source in slice.sources:
-            model = self.checkpoints[source.model]
-            if source.layers and source.layers[1] > model.layers:
-                ok = False
-                self.problems.add(
-                    f"{self.recipe.path}:{source.line}: model {source.model} has {model.layers} "
-                    f"layers, layer_range ends at {source.layers[1]}."
-                )
-                continue
-            present = {i for p, i, _ in map(split_layer, model.tensors) if p == model.stack}
-            for layer in set(range(*(source.layers or (0, 0)))) - present:
-                ok = False
-                self.problems.add(f"model {source.model}: layer {layer} has no tensors.")
-        return ok
-
-    def suffixes(self, slice: Slice, k: int) -> list[str]:
-        """Names within a layer that any source has in the k-th layer of the slice."""
-        names: dict[str, None] = {}
-        for source in slice.sources:
-            model = self.checkpoints[source.model]
-            layer = (model.stack, (source.layers or (0, 0))[0] + k)
-            names |= {s: None for p, i, s in map(split_layer, model.tensors) if (p, i) == layer}
-        return list(names)
-
-    def outside(self) -> list[Planned | None]:
-        result = []
-        for name in dict.fromkeys(n for c in self.ordered() for n in c.tensors):
-            if split_layer(name)[0] == self.donor.stack:
-                continue
-            early = any(word in name for word in EMBEDDINGS)
-            slice = self.recipe.slices[0 if early else -1]
-            used = [self.checkpoints[source.model] for source in slice.sources]
-            if any(self.find(model, name) for model in used):
-                sources = [(source, name) for source in slice.sources]
-                result.append(self.tensor(name, slice, sources, 0.0))
-        return result
-
-    def find(self, model: Checkpoint, name: str) -> Tensor | None:
-        """The tensor, or the embedding it is tied to if the model stores no output head."""
-        if name in model.tensors or not name.endswith("lm_head.weight"):
-            return model.tensors.get(name)
-        return next((t for n, t in model.tensors.items() if n.endswith(TIED)), None)
-
-    def tensor(
-        self, name: str, slice: Slice, sources: list[tuple[Source, str]], at: float
-    ) -> Planned | None:
-        found: list[tuple[Source, Tensor]] = []
-        asked = {source.model: wanted for source, wanted in sources}
-        for source, wanted in sources:
-            tensor = self.find(self.checkpoints[source.model], wanted)
-            if tensor is None:
-                self.misfits.setdefault(f"missing in {source.model}", []).append(
-                    f"model {source.model}: tensor {wanted} is missing, but another model has it. "
-                    "Only models of one architecture can be merged."
-                )
-            else:
-                found.append((source, tensor))
-        if len(found) != len(sources) or not self.same_shape(name, found):
-            return None
-        needed = self.recipe.method.base == "needed"
-        is_base = [needed and source.model == self.recipe.base for source, _ in found]
-        base = next((t for (_, t), b in zip(found, is_base, strict=True) if b), None)
-        experts = [pair for pair, b in zip(found, is_base, strict=True) if not b]
-        settings = self.settings(name, slice, [(s, asked[s.model]) for s, _ in experts], at)
-        dtype = self.out_dtype([tensor for _, tensor in found])
-        same = {tensor.dtype for _, tensor in found} == {dtype}
-        plain = self.recipe.method.name == "passthrough" and settings.experts[0]["scale"] == 1
-        return Planned(
-            name,
-            dtype,
-            found[0][1].shape,
-            base,
-            tuple(tensor for _, tensor in experts),
-            tuple(source.model for source, _ in experts),
-            settings,
-            copied=dtype not in FLOATS or (plain and same),
-        )
-
-    def same_shape(self, name: str, found: list[tuple[Source, Tensor]]) -> bool:
-        shapes = {tensor.shape for _, tensor in found}
-        floats = {tensor.dtype in FLOATS for _, tensor in found}
-        listing = ", ".join(f"{s.model} {list(t.shape)} {t.dtype}" for s, t in found)
-        if len(shapes) > 1:
-            rows = [shape[0] for shape in shapes if shape]
-            embedding = name.endswith("lm_head.weight") or any(w in name for w in EMBEDDINGS)
-            if embedding and len(set(rows)) > 1 and len({s[1:] for s in shapes}) == 1:
-                self.problems.add(
-                    f"tensor {name}: the models have different vocabularies: {listing}. "
-                    "Merge models that share one tokenizer."
-                )
-            else:
-                self.misfits.setdefault("shapes", []).append(
-                    f"tensor {name}: shapes differ: {listing}. "
-                    "Only models of one architecture and size can be merged."
-                )
-        if len(floats) > 1 or (floats == {False} and len({t.dtype for _, t in found}) > 1):
-            self.problems.add(f"tensor {name}: data types cannot be merged: {listing}.")
-            return False
-        return len(shapes) == 1
-
-    def settings(
-        self, name: str, slice: Slice, experts: list[tuple[Source, str]], at: float
-    ) -> Settings:
-        shared: dict[str, Any] = {}
-        each: list[dict[str, Any]] = [{} for _ in experts]
-        common = (slice.parameters, self.recipe.parameters)
-        for parameter in self.recipe.method.parameters:
-            if not parameter.per_model:
-                shared[parameter.name] = resolve(parameter, common, name, at)
-                self.given(parameter.name, shared[parameter.name], parameter.required, name, slice)
-                continue
-            for values, (source, asked) in zip(each, experts, strict=True):
-                levels = (source.parameters, *common)
-                values[parameter.name] = resolve(parameter, levels, asked, at)
-                self.given(parameter.name, values[parameter.name], parameter.required, name, slice)
-        settings = Settings(shared, tuple(each))
-        self.dividable(name, settings)
-        return settings
-
-    def given(self, parameter: str, value: Any, required: bool, name: str, slice: Slice) -> None:
-        if required and value is None:
-            self.problems.add(
-                f"{self.recipe.path}:{slice.line}: no value of '{parameter}' applies to tensor "
-                f"{name}: none of its filters matches. Add an entry without a filter."
-            )
-
-    def dividable(self, name: str, settings: Settings) -> None:
-        if self.recipe.method.name != "linear" or not settings.shared["normalize"]:
-            return
-        weights = settings.each("weight")
-        if None not in weights and abs(sum(weights)) < NO_SHARE:
-            self.problems.add(
-                f"{self.recipe.path}: the weights of tensor {name} sum to 0, which cannot be "
-                "normalized. Change them or set normalize: false."
-            )
-
-    def out_dtype(self, tensors: list[Tensor]) -> str:
-        """The recipe's out_dtype, or dtype, or the narrowest format that holds all inputs."""
-        stored = {tensor.dtype for tensor in tensors}
-        if not stored <= set(FLOATS):
-            return tensors[0].dtype
-        asked = self.recipe.out_dtype or self.recipe.dtype
-        if asked:
-            return DTYPES[asked]
-        if stored == {"F16", "BF16"}:
-            return "F32"
-        return next(dtype for dtype in FLOATS if dtype in stored)
-
-
-def position(index: int, count: int) -> float:
-    """Where a layer stands in its run, 0 to 1; the only layer of a run stands at 1."""
-    return index / (count - 1) if count > 1 else 1.0
+    return found
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,16 @@ from typing import Any
 
 from mergelab.errors import UserError
 
-PACKAGES = ("mergelab", "numpy", "torch", "transformers", "safetensors", "lm-eval", "datasets")
+PACKAGES = (
+    "mergelab",
+    "numpy",
+    "numba",
+    "torch",
+    "transformers",
+    "safetensors",
+    "lm-eval",
+    "datasets",
+)
 CHUNK = 1 << 22
 KEYED = re.compile(r"(.+)\.[0-9a-f]{12}\.json")
 

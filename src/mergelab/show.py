@@ -6,53 +6,78 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from mergelab.grouping import rows
 from mergelab.methods.base import Method, Parameter
 from mergelab.progress import size
 
 out = Console(highlight=False)
 
 
-def plan(description: dict[str, Any]) -> None:
-    """Print a plan: inputs, outputs, and parameters per group of tensors."""
+def plan(description: dict[str, Any], costs: dict[str, Any] | None = None) -> None:
+    """Print a plan (`plan.describe`), its costs (`estimate.costs`) and what applies to what."""
     out.print(f"[bold]{description['method']}[/]")
-    inputs = Table("model", "folder", "tensors", "layers", box=None, pad_edge=False)
+    sources = costs["inputs"] if costs else {}
+    inputs = Table("model", "where", "tensors", "layers", box=None, pad_edge=False)
     for name, facts in description["inputs"].items():
-        row = (name, facts["folder"], str(facts["tensors"]), str(facts["layers"]))
-        inputs.add_row(*map(Text, row))
+        where = _where(sources.get(name), facts["folder"])
+        inputs.add_row(*map(Text, (name, where, str(facts["tensors"]), str(facts["layers"]))))
     out.print(inputs)
-    memory = description["bytes_memory"]
+    kinds, files = ", ".join(description["dtypes"]), len(description["files"])
+    passes = f", {costs['passes']} times" if costs and costs["passes"] > 1 else ""
     out.print(
-        f"\nreads  {size(description['bytes_in'])}\n"
-        f"writes {size(description['bytes_out'])}: {description['tensors']} tensors, "
-        f"{', '.join(description['dtypes'])}, {len(description['files'])} file(s)\n"
-        f"memory about {size(memory)} per worker"
+        f"\nreads  {size(description['bytes_in'])}{passes}\n"
+        f"writes {size(description['bytes_out'])}: {description['tensors']} tensors, {kinds}, "
+        f"{files} file(s)\n"
+        f"memory about {size(description['bytes_memory'])} per worker"
     )
+    for line in _costs(costs, description["bytes_out"]) if costs else ():
+        out.print(Text(line))
     for warning in description["warnings"]:
         out.print(Text(f"note: {warning}"))
-    groups = Table(
-        "tensors (first … last by name, how many)", "parameters", box=None, pad_edge=False
-    )
-    for group in description["groups"]:
-        names = group["tensors"]
-        label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
-        groups.add_row(Text(label), Text(_values(group)))
+    columns = (Column(title, overflow="fold") for title in ("tensors", "parameters"))
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for label, values in rows(description["groups"]):
+        table.add_row(Text(label), Text(values))
     out.print()
-    out.print(groups)
+    out.print(table)
 
 
-def _values(group: dict[str, Any]) -> str:
-    lines = [_pairs(group["shared"])] if group["shared"] else []
-    lines += [f"{model}: {_pairs(values)}" for model, values in group["models"].items() if values]
-    return "\n".join(lines)
+def _where(source: dict[str, Any] | None, folder: str) -> str:
+    if not source:
+        return folder
+    model = f"{source['hub']}@{source['commit'][:12]}"
+    download = source["download"]
+    return f"{model}, to download: {size(download)}" if download else f"{model}, in {folder}"
 
 
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()
-    )
+def _costs(costs: dict[str, Any], bytes_out: int) -> list[str]:
+    """Room and time, in words."""
+    lines = [f"fetch  {size(costs['download'])} from the hub first"] if costs["download"] else []
+    if costs["free"] is not None:
+        need = bytes_out + costs["download"]
+        lack = "" if need <= costs["free"] else ": TOO LITTLE"
+        lines.append(f"disk   {size(need)}; {size(costs['free'])} free at {costs['out']}{lack}")
+    if costs["seconds"] is not None:
+        speeds = [f"{size(costs[speed])}/s" for speed in ("read_speed", "write_speed")]
+        lines.append(
+            f"time   {_duration(costs['seconds'])} for the disks, if nothing is cached: reads "
+            f"at {speeds[0]}, writes at {speeds[1]} (just measured); arithmetic comes on top"
+        )
+    elif costs["download"]:
+        lines.append("time   unknown before the models are here")
+    else:
+        lines.append("time   unknown: a disk could not be measured")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.0f} {unit}"
+    return "less than 2 s"
 
 
 def methods(table: Sequence[Method], *, full: bool) -> None:
@@ -94,7 +119,9 @@ def _method(method: Method) -> None:
 def _default(parameter: Parameter) -> str:
     if parameter.required:
         return "required"
-    return str(parameter.default).lower() if parameter.kind == "flag" else f"{parameter.default:g}"
+    if isinstance(parameter.default, bool | str):
+        return str(parameter.default).lower()
+    return f"{parameter.default:g}"
 
 
 def _meaning(parameter: Parameter) -> str:

@@ -26,8 +26,9 @@ from mergelab import (
     training,
 )
 from mergelab.errors import Problems, UserError, nearest
-from mergelab.recipe import Recipe, load_recipe
+from mergelab.recipe import load_recipe
 from mergelab.record import digest, file_sha256
+from mergelab.structure import Recipe
 from mergelab.study import Study
 
 
@@ -127,7 +128,8 @@ class Steps:
             circle = " > ".join((*above, name))
             raise UserError(f"{recipe.path}: recipes use each other in a circle: {circle}.")
         needs, content = [], [recipe.text, recipe.method.version, engine.VERSION]
-        for model in recipe.models:
+        for named in recipe.models:
+            model, adapter = locate.parts(named, recipe, self.study)
             if model.startswith(locate.PREFIX):
                 other = model.removeprefix(locate.PREFIX)
                 if other not in self.recipes:
@@ -135,12 +137,10 @@ class Steps:
                 needs.append(self.merge(other, (*above, name)))
             elif model in self.study.models:
                 needs.append(self.variant(model))
-            elif local := locate.local_folder(model):
-                content.append(models.fingerprint(local))
-            elif locate.is_hub_id(model):
-                content.append(hub.resolve(model, self.study.lock).commit)
             else:
-                locate.folder(model, recipe, self.study, Path())  # raises: says what is wrong
+                content.append(locate.fixed(model, recipe, self.study))
+            if adapter:
+                content.append(locate.fixed(adapter, recipe, self.study))
         return self.add("merge", name, content, needs)
 
     def measure(self, name: str) -> None:

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from mergelab.errors import UserError, nearest
-from mergelab.folders import alone
+from mergelab.folders import alone, cache_folder
 from mergelab.progress import say
 from mergelab.record import file_sha256
 from mergelab.study import Wheel
@@ -22,18 +22,12 @@ PIP = (
 )
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/mergelab/wheels, or ~/.cache/mergelab/wheels."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "mergelab" / "wheels"
-
-
 def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
     """The wheel's file in the cache, downloaded by pip unless its sha256 is there already.
 
     Of several processes that want the same wheel, one fetches it. Raises UserError if pip cannot
     get it, or gets a file with another sha256."""
-    cache = default_cache() if cache is None else cache
+    cache = cache_folder("wheels") if cache is None else cache
     place = cache / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:12]}.whl"
     if _is_whole(place, wheel):
         return place

@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,18 @@ import numpy as np
 
 from mergelab.checkpoint import BITS, SINGLE, Tensor
 from mergelab.errors import UserError
-from mergelab.folders import sync
 from mergelab.methods.base import Settings
 from mergelab.methods.sparsify import random_key
 from mergelab.progress import size
 
 RECORD = "merge.json"
+FLUSH = 1 << 27  # bytes written to a file before they are forced to disk
 LONGEST = 200  # characters of a folder's name; working names beside it are longer
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One output tensor: `offset` bytes into `file`; `copied` ones keep the source's bits.
+    """One output tensor: `offset` bytes into `file`; `copied` ones keep the source's values.
 
     `experts` and `models` are in recipe order; `settings` holds their parameters."""
 
@@ -59,7 +60,7 @@ class Planned:
         """Every tensor that is read."""
         return (*([self.base] if self.base else []), *self.experts)
 
-    def keys(self, seed: int) -> tuple[int, ...]:
+    def keys(self, seed: int) -> tuple[tuple[int, int], ...]:
         """One random key per expert, from seed, model as the recipe names it, and tensor name."""
         return tuple(random_key(seed, model, self.name) for model in self.models)
 
@@ -143,7 +144,7 @@ def check_replaceable(out: Path) -> bool:
     try:
         files = json.loads((out / RECORD).read_bytes())["outputs"]["files"]
         ours = {RECORD, *(file["name"] for file in files)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{out}: is not empty and holds no {RECORD}, so it is no earlier merge. "
             "Choose another folder with -o, or delete it."
@@ -157,34 +158,78 @@ def check_replaceable(out: Path) -> bool:
     return True
 
 
-@contextmanager
-def shards(
-    folder: Path, headers: Mapping[str, bytes], tensors: tuple[Planned, ...]
-) -> Iterator[None]:
-    """Preallocate every shard and write its header; on leaving without an error fsync all."""
+def place_shards(folder: Path, headers: Mapping[str, bytes], tensors: tuple[Planned, ...]) -> None:
+    """Make every shard at its full size with its header; one that is there keeps its bytes."""
     sizes = {file: len(header) for file, header in headers.items()}
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes
     for file, header in headers.items():
-        with (folder / file).open("xb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, sizes[file])
-            write_at(stream.fileno(), header, 0)
-    yield
-    for file in headers:
-        sync(folder / file)
+        handle = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.posix_fallocate(handle, 0, sizes[file])
+            os.ftruncate(handle, sizes[file])
+            write_at(handle, header, 0)
+        finally:
+            os.close(handle)
+
+
+def share(tensors: Sequence[Planned], part: int, parts: int) -> list[Planned]:
+    """Part `part` (from 1) of a merge: consecutive tensors with about equal numbers of bytes."""
+    total = sum(tensor.nbytes for tensor in tensors)
+    mine, position = [], 0
+    for tensor in tensors:
+        if min(position * parts // max(1, total), parts - 1) == part - 1:
+            mine.append(tensor)
+        position += tensor.nbytes
+    return mine
+
+
+class Flusher:
+    """Forces the bytes of an open file to disk in the background; at the end, all of them."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle, self._waiting = handle, 0
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def wrote(self, count: int) -> None:
+        """Note `count` bytes written to the file."""
+        self._waiting += count
+        if self._waiting >= FLUSH and (self._last is None or self._last.done()):
+            self.check()
+            self._waiting = 0
+            self._last = self._pool.submit(os.fdatasync, self._handle)
+
+    def check(self) -> None:
+        """Raise what the last flush raised: the system tells an error only once."""
+        if self._last:
+            self._last.result()
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.check()
+            os.fsync(self._handle)
 
 
 @contextmanager
 def disk_full(out: Path) -> Iterator[None]:
-    """Turn 'no space left' and 'quota exceeded' into a UserError."""
+    """Turn 'no space left', 'quota exceeded' and 'file too large' into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{out}: a file is larger than the disk or a limit (ulimit -f) allows. "
+                "Choose a smaller --shard-size."
+            ) from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{out}: no space left on the disk; nothing was kept. "
-            "Free some space and run the same command again."
+            f"{out}: no space left on the disk. Free some space and run the same command again."
         ) from None
 
 

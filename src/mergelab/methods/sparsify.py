@@ -1,135 +1,163 @@
-"""Which entries of a task vector survive: exact top-k by magnitude, and seeded random masks."""
+"""Which entries of a task vector survive by chance: seeded, counter-based random masks (DARE)."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
-from mergelab.methods.base import Array, Block, Settings, Stats, Sums, total
+from mergelab.kernels import CHUNK, LANES, add_magnitudes, encode, kernel, lanes_total, task_vectors
+from mergelab.methods.base import Array, Block, Settings, Stats, Sums
+from mergelab.methods.consensus import combine, scale_each
 
-HALF = 1 << 16
 RATIO_LIMIT = 1e-7  # below this an L1 norm is not divided by
+LOW = np.uint64(0xFFFFFFFF)
+HALF = np.uint64(32)
 
 
-def random_key(seed: int, model: str, tensor: str) -> int:
-    """128-bit key of the random stream of one model's tensor; nothing else enters it."""
+def random_key(seed: int, model: str, tensor: str) -> tuple[int, int]:
+    """Key and stream (64 bits each) of one model's tensor; nothing else enters them."""
     text = f"{seed}\0{model}\0{tensor}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
+    digest = hashlib.sha256(text).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
-def keep_mask(key: int, start: int, count: int, density: float) -> Array:
-    """Bernoulli(density) mask for elements [start, start + count) of a tensor.
+@kernel
+def random_words(key: Any, stream: Any, start: int, count: int, out: Array) -> None:
+    """Write the random words of elements [start, start + count) to out (uint32); start % 4 = 0.
 
-    Element i takes 32-bit word i of the Philox4x64-10 stream of `key` (Salmon et al. 2011), so the
-    mask depends on neither blocks, order, threads nor other tensors. `start` must be a multiple
-    of 8, the words of one Philox counter step."""
-    if start % 8:
-        raise ValueError(f"start {start} is not a multiple of 8")
-    stream = np.random.Philox(key=key).advance(start // 8)
-    words = stream.random_raw((count + 1) // 2).view("<u4")[:count]
-    kept: Array = words < np.uint64(min(1.0, max(0.0, density)) * 2**32)
+    Element i takes word i % 4 of Philox4x32-10 (Salmon et al. 2011) with this 64-bit key and the
+    counter (i // 4, stream), low words first: it depends on nothing else."""
+    for step in range((count + 3) // 4):
+        place = np.uint64(start // 4 + step)
+        a, b = place & LOW, place >> HALF
+        c, d = stream & LOW, stream >> HALF
+        k, n = key & LOW, key >> HALF
+        for _ in range(10):
+            p, q = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
+            a, b, c, d = (q >> HALF) ^ b ^ k, q & LOW, (p >> HALF) ^ d ^ n, p & LOW
+            k, n = (k + np.uint64(0x9E3779B9)) & LOW, (n + np.uint64(0xBB67AE85)) & LOW
+        out[4 * step] = a
+        out[4 * step + 1] = b
+        out[4 * step + 2] = c
+        out[4 * step + 3] = d
+
+
+def threshold(share: float) -> int:
+    """Words below this number are kept: `share` of 2^32."""
+    return int(min(1.0, max(0.0, share)) * 2**32)
+
+
+def keep_mask(key: tuple[int, int], start: int, count: int, share: float) -> Array:
+    """Bernoulli(share) mask of elements [start, start + count); start must be a multiple of 4."""
+    if start % 4:
+        raise ValueError(f"start {start} is not a multiple of 4")
+    words = np.empty(-(-count // 4) * 4, np.uint32)
+    random_words(np.uint64(key[0]), np.uint64(key[1]), start, count, words)
+    kept: Array = words[:count] < np.uint64(threshold(share))
     return kept
 
 
-def dropped(block: Block, settings: Settings) -> list[Array]:
-    """Task vectors with the entries outside each expert's random mask set to zero."""
-    out = []
-    densities = settings.each("density")
-    for delta, key, density in zip(block.deltas, block.keys, densities, strict=True):
-        if density < 1:
-            delta = np.where(
-                keep_mask(key, block.start, delta.size, density), delta, delta.dtype.type(0)
-            )
-        out.append(delta)
-    return out
+@kernel
+def keep_random(
+    deltas: Array, keys: Array, limits: Array, start: int, count: int, words: Array
+) -> None:
+    """Zero the entries of each task vector whose random word is not below the model's limit."""
+    for m in range(deltas.shape[0]):
+        limit = limits[m]
+        if limit < np.uint64(1 << 32):
+            random_words(keys[m, 0], keys[m, 1], start, count, words)
+            for i in range(count):
+                if words[i] >= limit:
+                    deltas[m, i] = 0
 
 
-def measure_l1(block: Block, settings: Settings, stats: Stats) -> Sums:
-    """L1 norm of each task vector before and after the random mask, (N) each, in float64."""
-    return {
-        "before": np.array([total(np.abs(d)) for d in block.deltas]),
-        "after": np.array([total(np.abs(d)) for d in dropped(block, settings)]),
-    }
+@kernel
+def add_norms(
+    values: Array, keys: Array, limits: Array, start: int, before: Array, after: Array, kind: Any
+) -> None:
+    """Add the L1 norms of the task vectors (N) before and after the random mask, in float64."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
+    words = np.empty(CHUNK, np.uint32)
+    lanes = np.zeros((2, experts, LANES))
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        for m in range(experts):
+            add_magnitudes(deltas[m], count, lanes[0, m])
+        keep_random(deltas, keys, limits, start + at, count, words)
+        for m in range(experts):
+            add_magnitudes(deltas[m], count, lanes[1, m])
+    for m in range(experts):
+        before[m] += lanes_total(lanes[0, m])
+        after[m] += lanes_total(lanes[1, m])
+
+
+def limits(settings: Settings) -> Array:
+    """Per expert, the number below which a random word keeps its entry (N)."""
+    return np.array([threshold(density) for density in settings.each("density")], np.uint64)
+
+
+def begin_norms(settings: Settings, row: int) -> Sums:
+    """Zero L1 norms; nothing to survey unless they are to be restored and something is dropped."""
+    if settings.shared["rescale"] != "l1" or min(settings.each("density")) >= 1:
+        return {}
+    count = len(settings.experts)
+    return {"before": np.zeros(count), "after": np.zeros(count)}
+
+
+def measure_norms(block: Block, settings: Settings, stats: Stats, sums: Sums) -> None:
+    """L1 norm of each task vector before and after the random mask."""
+    add_norms(
+        block.values,
+        np.array(block.keys, np.uint64),
+        limits(settings),
+        block.start,
+        sums["before"],
+        sums["after"],
+        block.numbers([]),
+    )
 
 
 def l1_ratios(sums: Sums, settings: Settings, stats: Stats) -> Stats:
     """Factor per expert that restores its task vector's L1 norm; 1 where a norm vanishes."""
-    if not settings.shared["rescale"]:
-        return {"factors": [1.0] * len(settings.experts)}
     pairs = zip(sums["before"], sums["after"], strict=True)
     return {"factors": [float(b / a) if min(a, b) >= RATIO_LIMIT else 1.0 for b, a in pairs]}
 
 
-def magnitude_bits(delta: Array) -> Array:
-    """|x| as an integer of the same order: the float32 bit pattern without its sign (S)."""
-    bits: Array = np.ascontiguousarray(delta, "<f4").view("<u4") & np.uint32(0x7FFFFFFF)
-    return bits
+def factors(settings: Settings, stats: Stats) -> list[float]:
+    """Per expert, what its surviving entries are multiplied by."""
+    if "factors" in stats:
+        return list(stats["factors"])
+    if settings.shared["rescale"] == "density":
+        return [1 / density if density > 0 else 1.0 for density in settings.each("density")]
+    return [1.0] * len(settings.experts)
 
 
-def kept_count(density: float, size: int) -> int:
-    """How many of `size` entries magnitude trimming keeps: all, none, or int(density * size)."""
-    if density >= 1:
-        return size
-    return max(1, int(density * size)) if density > 0 else 0
-
-
-def measure_high(block: Block, settings: Settings, stats: Stats) -> Sums:
-    """Histogram (N, 65536) of the upper halves of the magnitudes' bits."""
-    counts = [np.bincount(magnitude_bits(d) >> 16, minlength=HALF) for d in block.deltas]
-    return {"high": np.array(counts), "size": np.array(block.base.size)}  # type: ignore[union-attr]
-
-
-def conclude_high(sums: Sums, settings: Settings, stats: Stats) -> Stats:
-    """Per expert: upper half of the k-th largest magnitude, and how many of its bucket stay."""
-    size = int(sums["size"])
-    found = [
-        _kth(counts, kept_count(density, size))
-        for counts, density in zip(sums["high"], settings.each("density"), strict=True)
-    ]
-    return {"high": [bucket for bucket, _ in found], "rest": [rest for _, rest in found]}
-
-
-def measure_low(block: Block, settings: Settings, stats: Stats) -> Sums:
-    """Histogram (N, 65536) of the lower halves within each expert's bucket."""
-    counts = []
-    for delta, bucket in zip(block.deltas, stats["high"], strict=True):
-        bits = magnitude_bits(delta)
-        inside = bits[(bits >> 16) == bucket] & np.uint32(HALF - 1)
-        counts.append(np.bincount(inside, minlength=HALF))
-    return {"low": np.array(counts)}
-
-
-def conclude_low(sums: Sums, settings: Settings, stats: Stats) -> Stats:
-    """The exact k-th magnitude as bits, and how many entries equal to it are kept, per expert."""
-    found = [_kth(counts, rest) for counts, rest in zip(sums["low"], stats["rest"], strict=True)]
-    bits = [(high << 16) + low for high, (low, _) in zip(stats["high"], found, strict=True)]
-    return {"threshold": bits, "equal": [rest for _, rest in found]}
-
-
-def measure_equal(block: Block, settings: Settings, stats: Stats) -> Sums:
-    """How many magnitudes equal the threshold, per expert (N)."""
-    pairs = zip(block.deltas, stats["threshold"], strict=True)
-    return {"equal": np.array([np.count_nonzero(magnitude_bits(d) == t) for d, t in pairs])}
-
-
-def trimmed(block: Block, settings: Settings, stats: Stats, before: Sums) -> list[Array]:
-    """Task vectors with all but their k largest magnitudes zeroed; ties go to the lowest index."""
-    out = []
-    for m, delta in enumerate(block.deltas):
-        bits, threshold = magnitude_bits(delta), stats["threshold"][m]
-        equal = bits == threshold
-        allowed = stats["equal"][m] - int(before["equal"][m])
-        keep = (bits > threshold) | (equal & (np.cumsum(equal) <= allowed))
-        out.append(np.where(keep, delta, delta.dtype.type(0)))
-    return out
-
-
-def _kth(counts: Array, k: int) -> tuple[int, int]:
-    """Bucket that holds the k-th largest value, and how many of that bucket belong to the k."""
-    if k <= 0:
-        return len(counts) - 1, 0
-    above = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(above, k))
-    bucket = len(counts) - 1 - place
-    return bucket, k - int(above[place] - counts[bucket])
+@kernel
+def merge_random(
+    values: Array,
+    keys: Array,
+    limits: Array,
+    start: int,
+    factors: Array,
+    votes: Array,
+    weights: Array,
+    shares: Array,
+    plan: Array,
+    out: Array,
+) -> None:
+    """Drop entries at random, multiply the rest by the model's factor, combine, add to the base."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, weights.dtype), np.empty((experts, CHUNK), weights.dtype)
+    scratch = np.empty((3, CHUNK), weights.dtype)
+    words = np.empty(CHUNK, np.uint32)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        keep_random(deltas, keys, limits, start + at, count, words)
+        scale_each(deltas, factors, count)
+        combine(deltas, votes, weights, shares, plan, count, base, scratch)
+        encode(base, count, out, at)

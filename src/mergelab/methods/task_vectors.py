@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mergelab.kernels import CHUNK, encode, kernel, task_vectors
 from mergelab.methods import sparsify
-from mergelab.methods.averages import sum_of_weights, weighted_sum
 from mergelab.methods.base import (
     DENSITY,
     INT8_MASK,
@@ -20,85 +20,145 @@ from mergelab.methods.base import (
     Stats,
     Sums,
     normalize,
+    scope,
 )
+from mergelab.methods.consensus import combine, terms
+from mergelab.methods.trim import Trim
+from mergelab.methods.trim_kernels import add_majority, merge_trimmed
 
-NO_WEIGHT = 1e-8  # a sum of weights below this is not divided by
 TASK_ARITHMETIC_PAPER = "Ilharco et al. 2023, Editing models with task arithmetic, arXiv 2212.04089"
 TIES_PAPER = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
 DARE_PAPER = "Yu et al. 2024, Language models are super mario (DARE), arXiv 2311.03099"
 
 
-def add(block: Block, settings: Settings, task_vector: Array) -> Array:
-    """base + lambda * merged task vector (S)."""
-    assert block.base is not None
-    result: Array = block.base + task_vector * task_vector.dtype.type(settings.shared["lambda"])
-    return result
+@kernel
+def merge_all(
+    values: Array, votes: Array, weights: Array, shares: Array, plan: Array, out: Array
+) -> None:
+    """Combine whole task vectors and add the result to the base."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, weights.dtype), np.empty((experts, CHUNK), weights.dtype)
+    scratch = np.empty((3, CHUNK), weights.dtype)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        combine(deltas, votes, weights, shares, plan, count, base, scratch)
+        encode(base, count, out, at)
 
 
-def summed(deltas: list[Array], settings: Settings) -> Array:
-    """Weighted sum of task vectors (S), divided by the sum of weights if `normalize`."""
-    weights = settings.each("weight")
-    merged = weighted_sum(deltas, weights)
-    if settings.shared["normalize"] and abs(sum(weights)) >= NO_WEIGHT:
-        merged /= sum_of_weights(weights, merged)
-    return merged
-
-
-def elected(deltas: list[Array], settings: Settings) -> Array:
-    """TIES' elect and merge: the sign of the weighted sum wins, only agreeing entries count (S).
-
-    A sum of exactly zero elects plus; a zero entry never votes nor counts. With `normalize` the
-    sum is divided by the weights of the entries that agree."""
-    kind = deltas[0].dtype.type
-    weights = settings.each("weight")
-    weighted = [delta * kind(weight) for delta, weight in zip(deltas, weights, strict=True)]
-    sign = np.where(weighted_sum(weighted, [1.0] * len(weighted)) >= 0, kind(1), kind(-1))
-    merged: Array = np.zeros_like(sign)
-    share = np.zeros_like(sign)
-    for value, weight in zip(weighted, weights, strict=True):
-        agrees = np.sign(value) == sign
-        merged += np.where(agrees, value, kind(0))
-        share += np.where(agrees, kind(weight), kind(0))
-    if settings.shared["normalize"]:
-        merged /= np.where(share == 0, kind(1), share)
-    return merged
-
-
-def task_arithmetic(block: Block, settings: Settings, stats: Stats, before: Sums) -> Array:
+def task_arithmetic(
+    block: Block, settings: Settings, stats: Stats, state: Sums, out: Array
+) -> None:
     """base + lambda * sum of w_m tau_m (S)."""
-    return add(block, settings, summed(block.deltas, settings))
+    merge_all(block.values, *terms(block, settings, elect=False), out)
 
 
-def ties(block: Block, settings: Settings, stats: Stats, before: Sums) -> Array:
-    """Trim each task vector to its largest magnitudes, elect signs, merge those that agree (S)."""
-    deltas = sparsify.trimmed(block, settings, stats, before)
-    return add(block, settings, elected(deltas, settings))
+def dare(block: Block, settings: Settings, stats: Stats, out: Array, *, elect: bool) -> None:
+    """Drop entries at random, rescale the rest, then task arithmetic or the election of TIES."""
+    sparsify.merge_random(
+        block.values,
+        np.array(block.keys, np.uint64),
+        sparsify.limits(settings),
+        block.start,
+        block.numbers(sparsify.factors(settings, stats)),
+        *terms(block, settings, elect=elect),
+        out,
+    )
 
 
-def rescaled(block: Block, settings: Settings, stats: Stats) -> list[Array]:
-    """DARE: drop entries at random and rescale the rest (N arrays of S)."""
-    deltas = sparsify.dropped(block, settings)
-    factors = stats["factors"]
-    return [d * d.dtype.type(f) for d, f in zip(deltas, factors, strict=True)]
-
-
-def dare_linear(block: Block, settings: Settings, stats: Stats, before: Sums) -> Array:
+def dare_linear(block: Block, settings: Settings, stats: Stats, state: Sums, out: Array) -> None:
     """Drop and rescale, then task arithmetic (S)."""
-    return add(block, settings, summed(rescaled(block, settings, stats), settings))
+    dare(block, settings, stats, out, elect=False)
 
 
-def dare_ties(block: Block, settings: Settings, stats: Stats, before: Sums) -> Array:
+def dare_ties(block: Block, settings: Settings, stats: Stats, state: Sums, out: Array) -> None:
     """Drop and rescale, then elect signs and merge as TIES does (S)."""
-    return add(block, settings, elected(rescaled(block, settings, stats), settings))
+    dare(block, settings, stats, out, elect=True)
 
 
-RESCALE = Parameter("rescale", "flag", False, True, "restore each task vector's L1 norm")
-TRIM = (
-    Round(sparsify.measure_high, sparsify.conclude_high),
-    Round(sparsify.measure_low, sparsify.conclude_low),
-    Round(sparsify.measure_equal, lambda sums, settings, stats: {}),
+def kept_count(settings: Settings, density: float, size: int) -> int:
+    """How many of `size` entries TIES keeps: int(density size), of mergekit's convention at least
+    one; the authors' code keeps one more, and all that equal it."""
+    if density >= 1:
+        return size
+    flavour = settings.shared["flavour"]
+    if flavour == "mergekit":
+        return max(1, int(density * size)) if density > 0 else 0
+    return int(density * size) + int(flavour == "paper")
+
+
+TRIM = Trim(
+    lambda settings, size: [[kept_count(settings, d, size)] for d in settings.each("density")],
+    lambda settings: min(settings.each("density")) >= 1,
+    lambda settings: bool(settings.shared["flavour"] == "paper"),
+    lambda settings: bool(settings.shared["rescale"]),
 )
-DROP = (Round(sparsify.measure_l1, sparsify.l1_ratios),)
+
+
+def begin_majority(settings: Settings, row: int) -> Sums:
+    """Sum of the elected signs; only the paper's convention looks at it."""
+    return {"signs": np.zeros(1, np.int64)} if settings.shared["flavour"] == "paper" else {}
+
+
+def measure_majority(block: Block, settings: Settings, stats: Stats, sums: Sums) -> None:
+    """Signs of the sums of the trimmed task vectors."""
+    factors = TRIM.factors(block, settings, stats)
+    add_majority(block.values, TRIM.cuts(settings, stats), factors, sums["signs"])
+
+
+def conclude_majority(sums: Sums, settings: Settings, stats: Stats) -> Stats:
+    """Does the majority of the entries elect plus?"""
+    return {"plus": bool(sums["signs"][0] > 0)}
+
+
+def ties(block: Block, settings: Settings, stats: Stats, state: Sums, out: Array) -> None:
+    """Trim each task vector to its largest magnitudes, elect signs, merge those that agree (S)."""
+    merge_trimmed(
+        block.values,
+        TRIM.cuts(settings, stats),
+        state["seen"],
+        TRIM.factors(block, settings, stats),
+        *terms(
+            block,
+            settings,
+            elect=True,
+            flavour=settings.shared["flavour"],
+            plus=stats.get("plus", True),
+        ),
+        out,
+    )
+
+
+RESTORE = Parameter(
+    "rescale", "flag", False, False, "restore each task vector's L1 norm after it is trimmed"
+)
+NO_RESCALE = Parameter(
+    "rescale", "flag", False, False, "accepted from mergekit recipes; has no effect"
+)
+RESCALE = Parameter(
+    "rescale",
+    "choice",
+    False,
+    "l1",
+    "restore each task vector's L1 norm (l1, true), divide by the density as the paper (density), "
+    "or not at all (none, false)",
+    choices=("l1", "density", "none"),
+    aliases={True: "l1", False: "none"},
+)
+FLAVOUR = Parameter(
+    "flavour",
+    "choice",
+    False,
+    "mergekit",
+    "whose convention: that of mergekit; of the paper (all entries equal to the last are kept, "
+    "votes are unweighted, tied ones get the majority's sign); or of peft (unweighted votes; "
+    "divides by the number of models that agree)",
+    choices=("mergekit", "paper", "peft"),
+    aliases={},
+)
+NO_DENSITY = Parameter(
+    "density", "number", True, 1.0, "accepted from mergekit recipes; has no effect", 0.0, 1.0
+)
 MASKS_DIFFER = (
     "random masks come from a counter-based generator keyed by seed, model and tensor, "
     "so they differ from mergekit's, which depend on the order of execution"
@@ -110,7 +170,7 @@ TASK_ARITHMETIC = Method(
     "Adds the weighted task vectors of the experts to the base.",
     "needed",
     (1, None),
-    (WEIGHT, normalize(False), LAMBDA, INT8_MASK),
+    (WEIGHT, normalize(False), LAMBDA, NO_DENSITY, NO_RESCALE, INT8_MASK),
     task_arithmetic,
     papers=(TASK_ARITHMETIC_PAPER,),
 )
@@ -121,26 +181,37 @@ TIES = Method(
     "Trims each task vector to its largest entries, elects a sign per entry, merges what agrees.",
     "needed",
     (1, None),
-    (WEIGHT, DENSITY, normalize(True), LAMBDA, INT8_MASK),
+    (
+        WEIGHT,
+        DENSITY,
+        normalize(True),
+        LAMBDA,
+        RESTORE,
+        FLAVOUR,
+        scope("trim each tensor, as mergekit, or the whole flattened model, as the paper"),
+        INT8_MASK,
+    ),
     ties,
-    TRIM,
+    (*TRIM.rounds, TRIM.norms, Round(begin_majority, measure_majority, conclude_majority)),
+    running=TRIM.begin_seen,
     papers=(TIES_PAPER,),
     differs=(
         "entries of equal magnitude at the cut: ours keeps the lowest index, mergekit's order is "
         "unspecified",
-        "as in mergekit and unlike the paper, trimming is per tensor and weights enter the vote",
+        "as in mergekit and unlike the paper, trimming is per tensor and weights enter the vote; "
+        "flavour: paper and scope: model give the paper's TIES",
     ),
 )
 
 DARE_LINEAR = Method(
     "dare_linear",
-    3,
+    4,
     "Drops entries of each task vector at random, rescales the rest, adds them to the base.",
     "needed",
     (1, None),
     (WEIGHT, DENSITY, normalize(False), LAMBDA, RESCALE, INT8_MASK),
     dare_linear,
-    DROP,
+    (Round(sparsify.begin_norms, sparsify.measure_norms, sparsify.l1_ratios),),
     random=True,
     papers=(DARE_PAPER,),
     differs=(MASKS_DIFFER,),
@@ -148,13 +219,13 @@ DARE_LINEAR = Method(
 
 DARE_TIES = Method(
     "dare_ties",
-    2,
+    3,
     "Drops entries of each task vector at random, rescales the rest, then merges as TIES does.",
     "needed",
     (1, None),
     (WEIGHT, DENSITY, normalize(False), LAMBDA, RESCALE, INT8_MASK),
     dare_ties,
-    DROP,
+    (Round(sparsify.begin_norms, sparsify.measure_norms, sparsify.l1_ratios),),
     random=True,
     papers=(DARE_PAPER, TIES_PAPER),
     differs=(MASKS_DIFFER,),

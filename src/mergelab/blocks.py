@@ -1,0 +1,239 @@
+"""One output tensor, block by block: read the sources, survey, merge, write at the planned offset.
+
+Memory is one block per model (C2): a worker keeps its buffers from tensor to tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoint import BITS, FLOATS, Tensor, count_not_finite, from_float, to_float
+from mergelab.errors import UserError
+from mergelab.methods.averages import PASSTHROUGH
+from mergelab.methods.base import BLOCK, Array, Block, Method, Stats, Sums
+from mergelab.progress import Bar
+from mergelab.writer import Planned, write_at
+
+ABOVE = {"<u2": (0x7FFF, 0x7F80), "<u4": (0x7FFFFFFF, 0x7F800000), "<u8": (2**63 - 1, 0x7FF << 52)}
+
+
+class Files:
+    """Open input files; reading at an offset needs no lock."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, offset: int, out: Array) -> None:
+        """Fill `out` (contiguous) with the bytes at an offset."""
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+        view = out.view("u1").data
+        while view:
+            count = os.preadv(self._open[path], [view], offset)
+            if count == 0:
+                raise UserError(f"{path}: became shorter while it was read. Run it again.")
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Close all files."""
+        for handle in self._open.values():
+            with suppress(OSError):
+                os.close(handle)
+
+
+class Buffers(threading.local):
+    """Arrays that a worker uses again and again, by purpose."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Array] = {}
+
+    def get(self, name: str, size: int, dtype: Any) -> Array:
+        """An array of `size` elements; what it holds is left from its last use."""
+        held = self._held.get(name)
+        if held is None or held.nbytes < size * np.dtype(dtype).itemsize:
+            held = self._held[name] = np.empty(size * np.dtype(dtype).itemsize, "u1")
+        return held[: size * np.dtype(dtype).itemsize].view(dtype)
+
+
+class TensorMerge:
+    """The surveys and the merge of one output tensor."""
+
+    def __init__(
+        self,
+        method: Method,
+        tensor: Planned,
+        seed: int,
+        files: Files,
+        buffers: Buffers,
+        *,
+        lenient: bool = False,
+    ) -> None:
+        stored = all(isinstance(source, Tensor) for source in tensor.sources)
+        self.bits_copied = tensor.copied and stored and tensor.sources[0].dtype == tensor.dtype
+        if tensor.copied:
+            method = PASSTHROUGH
+        self.method, self.tensor, self.files, self.buffers = method, tensor, files, buffers
+        self.lenient = lenient
+        self.keys = tensor.keys(seed) if method.random else ()
+        dtypes = {tensor.dtype, *(source.dtype for source in tensor.sources)}
+        self.kind = "<u2" if stored and dtypes == {"BF16"} else "<f4"
+        if "F64" in dtypes:
+            self.kind = "<f8"
+        self.row = max(1, method.row(tensor.settings, tensor.shape))
+        self.step = max(1, BLOCK // self.row) * self.row
+        self.wrong = [0] * len(tensor.sources)
+        self.looked = False
+
+    @property
+    def whole_model(self) -> bool:
+        """Are the surveys' sums to run over all tensors?"""
+        return bool(self.tensor.settings.shared.get("scope") == "model")
+
+    def starts(self) -> range:
+        """First elements of the blocks."""
+        return range(0, self.tensor.size, self.step)
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks in order; the first time round, entries that are not finite are counted."""
+        looked, self.looked = self.looked or self.lenient, True
+        for start in self.starts():
+            values = self.read(start, min(start + self.step, self.tensor.size))
+            if not looked:
+                for m, row in enumerate(values):
+                    self.wrong[m] += self.not_finite(row)
+            based = self.tensor.base is not None
+            yield Block(values, based, start, self.tensor.size, self.row, self.keys)
+        if not looked:
+            self.check_inputs()
+
+    def read(self, start: int, stop: int) -> Array:
+        """Entries [start, stop) of all sources, the base first: (M, stop - start)."""
+        count = stop - start
+        sources = self.tensor.sources
+        values = self.buffers.get("values", len(sources) * count, self.kind)
+        values = values.reshape(len(sources), count)
+        for row, source in zip(values, sources, strict=True):
+            if not isinstance(source, Tensor):
+                row[:] = source.floats(start, stop, self.kind)
+            elif BITS[source.dtype] == self.kind:
+                self.files.read(source.file, source.offset + start * row.itemsize, row)
+            else:
+                raw = self.buffers.get("raw", count, BITS[source.dtype])
+                self.files.read(source.file, source.offset + start * raw.itemsize, raw)
+                row[:] = to_float(raw, source.dtype, self.kind)
+        return values
+
+    def survey_round(self, number: int, stats: Stats) -> Sums:
+        """The sums of one survey round over this tensor; nothing if the round is not needed."""
+        round = self.method.rounds[number]
+        settings = self.tensor.settings
+        if round.model_only and not self.whole_model:
+            return {}
+        sums = round.begin(settings, self.row)
+        if sums:
+            for block in self.blocks():
+                round.measure(block, settings, stats, sums)
+        return sums
+
+    def survey(self) -> Stats:
+        """Statistics after all rounds over this tensor alone."""
+        stats: dict[str, Any] = {}
+        for number, round in enumerate(self.method.rounds):
+            if sums := self.survey_round(number, stats):
+                try:
+                    stats |= round.conclude(sums, self.tensor.settings, stats)
+                except ValueError as error:
+                    raise UserError(f"tensor {self.tensor.name}: {error}") from None
+        return stats
+
+    def write(self, handle: int, progress: Bar, stats: Stats | None, state: Sums | None) -> str:
+        """Merge into the open file; the sha256 of the tensor's bytes.
+
+        `stats` and `state` come from a survey of the whole model, if there was one."""
+        digest = hashlib.sha256()
+        position = self.tensor.offset
+        for bits in self.copied() if self.bits_copied else self.merged(stats, state):
+            data = bits.view("u1").data
+            write_at(handle, data, position)
+            digest.update(data)
+            position += len(data)
+            progress.advance(len(data))
+        return digest.hexdigest()
+
+    def merged(self, stats: Stats | None, state: Sums | None) -> Iterator[Array]:
+        """The merged bits, block by block."""
+        if not self.tensor.size:
+            return
+        settings, wrong = self.tensor.settings, 0
+        stats = self.survey() if stats is None else stats
+        if state is None:
+            state = self.method.running(settings, self.row) if self.method.running else {}
+        for block in self.blocks():
+            out = self.buffers.get("out", block.values.shape[1], self.kind)
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.method.merge(block, settings, stats, state, out)
+                if self.kind != BITS[self.tensor.dtype]:
+                    out = from_float(out, self.tensor.dtype)
+            wrong += 0 if self.lenient else self.not_finite(out)
+            yield out
+        if wrong:
+            raise UserError(
+                f"tensor {self.tensor.name}: {wrong} merged entries are infinite or not a number, "
+                "though all inputs are finite. Use a wider dtype or smaller weights; "
+                "'allow_not_finite: true' in the recipe merges it as it is."
+            )
+
+    def copied(self) -> Iterator[Array]:
+        """The source's bits, once all sources are seen to hold the same."""
+        dtype = self.tensor.dtype
+        for start in range(0, self.tensor.size, BLOCK):
+            count = min(BLOCK, self.tensor.size - start)
+            for number, source in enumerate(self.tensor.sources):
+                bits = self.buffers.get(f"bits{min(number, 1)}", count, BITS[dtype])
+                self.files.read(source.file, source.offset + start * bits.itemsize, bits)
+                if number == 0:
+                    first = bits
+                elif not np.array_equal(first.view("u1"), bits.view("u1")):
+                    raise UserError(
+                        f"tensor {self.tensor.name}: is stored as integers that differ between "
+                        "the models, and integers cannot be merged. Remove it or make the models "
+                        "agree."
+                    )
+            if dtype in FLOATS and not self.lenient:
+                self.wrong[0] += self.not_finite(first)
+            yield first
+        self.check_inputs()
+
+    def not_finite(self, values: Array) -> int:
+        """How many of the entries (uint16 for bfloat16, or floats) are infinite or NaN."""
+        kind = f"<u{values.itemsize}"
+        mask, limit = ABOVE[kind] if values.dtype != np.float16 else (0x7FFF, 0x7C00)
+        scratch = self.buffers.get("scratch", values.size, kind)
+        np.bitwise_and(values.view(kind), scratch.dtype.type(mask), out=scratch)
+        if not values.size or scratch.max() < limit:
+            return 0
+        return count_not_finite(values, "BF16" if values.dtype == np.uint16 else "F32")
+
+    def check_inputs(self) -> None:
+        """Raise UserError if an input has entries that are not finite."""
+        names = [*(["the base"] if self.tensor.base else []), *self.tensor.models]
+        told = [
+            f"{count} entries of {name}"
+            for name, count in zip(names, self.wrong, strict=True)
+            if count
+        ]
+        if told:
+            raise UserError(
+                f"tensor {self.tensor.name}: {', '.join(told)} are infinite or not a number. The "
+                "model is damaged or was saved too narrow; 'allow_not_finite: true' in the recipe "
+                "merges it as it is."
+            )

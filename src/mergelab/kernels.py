@@ -1,0 +1,169 @@
+"""Kernels: loops over blocks, compiled once for this processor and kept on disk.
+
+numba is imported when the first kernel runs. No fast math and no contraction: the same bits on
+every processor. Compiled code lies under $XDG_CACHE_HOME/mergelab, keyed by the sources."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import numpy as np
+
+from mergelab.folders import cache_folder
+
+Array = np.ndarray[Any, Any]
+CHUNK = 4096  # elements that a kernel works on at a time: a few arrays of it fit in the L1 cache
+LANES = 64  # running sums of `dot`, so that the order of additions is fixed and vectors are used
+P = ParamSpec("P")
+R = TypeVar("R")
+_lock = threading.Lock()
+
+
+class Kernel(Generic[P, R]):
+    """A function that numba compiles at its first call, and with it the kernels it calls."""
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        self.function = function
+        self.compiled: Callable[P, R] | None = None
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.compiled is None:
+            with _lock:
+                self.compile()
+        return cast("Callable[P, R]", self.compiled)(*args, **kwargs)
+
+    def compile(self) -> Any:
+        """The numba function; kernels among the function's globals are compiled first."""
+        if self.compiled is None:
+            numba = _numba()
+            names = self.function.__globals__
+            for name in self.function.__code__.co_names:
+                if isinstance(names.get(name), Kernel):
+                    names[name] = names[name].compile()
+            self.compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(self.function)
+        return self.compiled
+
+
+def kernel(function: Callable[P, R]) -> Kernel[P, R]:
+    """Mark a function as a kernel."""
+    return Kernel(function)
+
+
+@functools.cache
+def _numba() -> Any:
+    """numba, with its cache in a folder that changes with the source of any kernel."""
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        digest = hashlib.sha256()
+        here = Path(__file__)
+        for source in [here, *sorted((here.parent / "methods").glob("*.py"))]:
+            digest.update(source.read_bytes())
+        os.environ["NUMBA_CACHE_DIR"] = str(cache_folder(f"kernels-{digest.hexdigest()[:12]}"))
+    import numba
+
+    _teach(numba)
+    return numba
+
+
+def decode(values: Array, model: int, start: int, count: int, out: Array) -> None:
+    """Write entries [start, start + count) of one model as numbers to out[:count] (kernels only).
+
+    A bfloat16 is the upper half of a float32."""
+    raise NotImplementedError
+
+
+def encode(values: Array, count: int, out: Array, start: int) -> None:
+    """Round values[:count] once to the type of `out` and put them at `start` (kernels only).
+
+    To nearest, ties to even; overflow gives infinity, a NaN stays one."""
+    raise NotImplementedError
+
+
+def _teach(numba: Any) -> None:
+    """Give numba the two functions whose code depends on the type of an array."""
+    bfloat16 = numba.types.uint16
+
+    def choose_in(values: Any, model: Any, start: Any, count: Any, out: Any) -> Any:
+        return _widen if values.dtype == bfloat16 else _copy_in
+
+    def choose_out(values: Any, count: Any, out: Any, start: Any) -> Any:
+        return _narrow if out.dtype == bfloat16 else _copy_out
+
+    numba.extending.overload(decode, strict=False)(choose_in)
+    numba.extending.overload(encode, strict=False)(choose_out)
+
+
+def _widen(values: Array, model: int, start: int, count: int, out: Array) -> None:
+    row = values[model, start : start + count]  # a slice: no index can be negative, so it is fast
+    bits = out[:count].view(np.uint32)
+    for i in range(row.size):
+        bits[i] = np.uint32(row[i]) << np.uint32(16)
+
+
+def _copy_in(values: Array, model: int, start: int, count: int, out: Array) -> None:
+    row = values[model, start : start + count]
+    for i in range(row.size):
+        out[i] = row[i]
+
+
+def _narrow(values: Array, count: int, out: Array, start: int) -> None:
+    bits, rounded = values[:count].view(np.uint32), out[start : start + count]
+    for i in range(bits.size):
+        b = bits[i]
+        even = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))
+        nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        kept = np.uint32(b | np.uint32(0x400000))
+        rounded[i] = np.uint16((kept if nan else even) >> np.uint32(16))
+
+
+def _copy_out(values: Array, count: int, out: Array, start: int) -> None:
+    row = out[start : start + count]
+    for i in range(row.size):
+        row[i] = values[i]
+
+
+@kernel
+def dot(a: Array, b: Array, count: int, sums: Array) -> None:
+    """Add a[i] * b[i], i < count, in float64, to sums (LANES): lane i % LANES takes entry i."""
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        for j in range(LANES):
+            sums[j] += np.float64(a[i + j]) * np.float64(b[i + j])
+    for j in range(count - whole):
+        sums[j] += np.float64(a[whole + j]) * np.float64(b[whole + j])
+
+
+@kernel
+def lanes_total(sums: Array) -> float:
+    """The lanes added in order."""
+    total = 0.0
+    for j in range(LANES):
+        total += sums[j]
+    return total
+
+
+@kernel
+def add_magnitudes(a: Array, count: int, sums: Array) -> None:
+    """Add |a[i]|, i < count, in float64, to sums (LANES): lane i % LANES takes entry i."""
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        for j in range(LANES):
+            sums[j] += abs(np.float64(a[i + j]))
+    for j in range(count - whole):
+        sums[j] += abs(np.float64(a[whole + j]))
+
+
+@kernel
+def task_vectors(values: Array, start: int, count: int, base: Array, deltas: Array) -> None:
+    """Decode the base (count entries) and write each expert minus base to deltas (N, CHUNK)."""
+    decode(values, 0, start, count, base)
+    for m in range(deltas.shape[0]):
+        decode(values, m + 1, start, count, deltas[m])
+        for i in range(count):
+            deltas[m, i] = deltas[m, i] - base[i]

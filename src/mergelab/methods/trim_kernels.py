@@ -1,0 +1,229 @@
+"""Loops of exact selection (see methods.trim): histograms of keys, and windows of ranks kept.
+
+N task vectors, K series of keys (one each, or one of all together), C cuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mergelab.kernels import CHUNK, LANES, add_magnitudes, encode, kernel, lanes_total, task_vectors
+from mergelab.methods.base import Array
+from mergelab.methods.consensus import combine, scale_each
+
+
+@kernel
+def magnitudes(delta: Array, count: int, single: Array) -> None:
+    """Write |delta[i]| as float32 to single[:count]; its bits, as integers, have the same order."""
+    for i in range(count):
+        single[i] = abs(delta[i])
+
+
+@kernel
+def variances(deltas: Array, count: int, single: Array) -> None:
+    """Write the population variance over the models of each entry to single[:count].
+
+    In float64, rounded to float32."""
+    experts = deltas.shape[0]
+    mean, total = np.zeros(CHUNK), np.zeros(CHUNK)
+    for m in range(experts):
+        for i in range(count):
+            mean[i] = mean[i] + deltas[m, i]
+    for i in range(count):
+        mean[i] = mean[i] / experts
+    for m in range(experts):
+        for i in range(count):
+            apart = deltas[m, i] - mean[i]
+            total[i] = total[i] + apart * apart
+    for i in range(count):
+        single[i] = total[i] / experts
+
+
+@kernel
+def find_keys(deltas: Array, m: int, count: int, joint: bool, single: Array) -> None:
+    """Write the keys of task vector m, or if `joint` those of all models together, to single."""
+    if joint:
+        variances(deltas, count, single)
+    else:
+        magnitudes(deltas[m], count, single)
+
+
+@kernel
+def add_high(values: Array, joint: bool, counts: Array, kind: Any) -> int:
+    """Count the upper halves of the keys' bits in counts (K, 65536); K: one per task vector, or 1.
+
+    Gives the number of entries to choose from: those whose joint key is not 0, or all."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
+    single, found = np.empty(CHUNK, np.float32), 0
+    bits = single.view(np.uint32)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        for k in range(counts.shape[0]):
+            find_keys(deltas, k, count, joint, single)
+            row = counts[k]
+            for i in range(count):
+                row[bits[i] >> np.uint32(16)] += 1
+        if joint:
+            for i in range(count):
+                found += bits[i] != 0
+    return found if joint else size
+
+
+@kernel
+def add_low(values: Array, joint: bool, highs: Array, counts: Array, kind: Any) -> None:
+    """Count the lower halves of those whose upper half is highs (K, C) in counts (K, C, 65536)."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
+    single = np.empty(CHUNK, np.float32)
+    bits = single.view(np.uint32)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        for k in range(highs.shape[0]):
+            find_keys(deltas, k, count, joint, single)
+            for c in range(highs.shape[1]):
+                high, row = highs[k, c], counts[k, c]
+                for i in range(count):
+                    if bits[i] >> np.uint32(16) == high:
+                        row[bits[i] & np.uint32(0xFFFF)] += 1
+
+
+@kernel
+def count_equal(values: Array, cuts: Array, seen: Array, kind: Any) -> None:
+    """Add to seen (N, C) how many magnitudes equal the bits of each cut (N, C, 2)."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
+    single = np.empty(CHUNK, np.float32)
+    bits = single.view(np.uint32)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        for m in range(experts):
+            magnitudes(deltas[m], count, single)
+            for c in range(cuts.shape[1]):
+                cut = np.uint32(cuts[m, c, 0])
+                for i in range(count):
+                    seen[m, c] += bits[i] == cut
+
+
+@kernel
+def add_norms_beyond(
+    values: Array, cuts: Array, norms: Array, beyond: Array, equal: Array, kind: Any
+) -> None:
+    """Add each task vector's L1 norm (N), that of what lies beyond each cut, and how many equal it.
+
+    cuts (N, C, 2); beyond, equal (N, C)."""
+    experts, size, ends = values.shape[0] - 1, values.shape[1], cuts.shape[1]
+    base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
+    single, large = np.empty(CHUNK, np.float32), np.empty(CHUNK, kind.dtype)
+    bits, zero = single.view(np.uint32), large.dtype.type(0)
+    lanes = np.zeros((1 + ends, experts, LANES))
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        for m in range(experts):
+            magnitudes(deltas[m], count, single)
+            add_magnitudes(deltas[m], count, lanes[ends, m])
+            for c in range(ends):
+                cut, same = np.uint32(cuts[m, c, 0]), 0
+                for i in range(count):
+                    same += bits[i] == cut
+                    large[i] = deltas[m, i] if bits[i] > cut else zero
+                equal[m, c] += same
+                add_magnitudes(large, count, lanes[c, m])
+    for m in range(experts):
+        norms[m] += lanes_total(lanes[ends, m])
+        for c in range(ends):
+            beyond[m, c] += lanes_total(lanes[c, m])
+
+
+@kernel
+def keep_window(
+    delta: Array, count: int, cuts: Array, seen: Array, single: Array, keep: Array
+) -> None:
+    """Zero the entries of one task vector outside a window of ranks.
+
+    cuts (C, 2): bits of a magnitude, and how many equal ones belong to the largest k. C = 1: the
+    largest are kept. C = 2: the largest by the first cut are dropped, of the rest those by the
+    second kept. seen (C): equal ones so far, updated."""
+    bits = single.view(np.uint32)
+    magnitudes(delta, count, single)
+    last, zero = cuts.shape[0] - 1, delta.dtype.type(0)
+    for c in range(last + 1):
+        cut, inside, equal = np.uint32(cuts[c, 0]), keep[c], 0
+        for i in range(count):
+            equal += bits[i] == cut
+        rest = cuts[c, 1] - seen[c]
+        seen[c] += equal
+        if 0 < rest < equal:
+            found = 0
+            for i in range(count):
+                same = bits[i] == cut
+                inside[i] = bits[i] > cut or (same and found < rest)
+                found += same
+        elif rest > 0:
+            for i in range(count):
+                inside[i] = bits[i] >= cut
+        else:
+            for i in range(count):
+                inside[i] = bits[i] > cut
+    inside, outside = keep[last], keep[0]
+    if last == 0:
+        for i in range(count):
+            delta[i] = delta[i] if inside[i] else zero
+    else:
+        for i in range(count):
+            delta[i] = delta[i] if inside[i] and not outside[i] else zero
+
+
+@kernel
+def merge_trimmed(
+    values: Array,
+    cuts: Array,
+    seen: Array,
+    factors: Array,
+    votes: Array,
+    weights: Array,
+    shares: Array,
+    plan: Array,
+    out: Array,
+) -> None:
+    """Zero the entries outside each task vector's window, multiply by its factor, combine, add.
+
+    cuts (N, C, 2); seen (N, C): equal ones in front of this block, updated."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, weights.dtype), np.empty((experts, CHUNK), weights.dtype)
+    scratch, single = np.empty((3, CHUNK), weights.dtype), np.empty(CHUNK, np.float32)
+    keep = np.empty((cuts.shape[1], CHUNK), np.bool_)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        for m in range(experts):
+            keep_window(deltas[m], count, cuts[m], seen[m], single, keep)
+        scale_each(deltas, factors, count)
+        combine(deltas, votes, weights, shares, plan, count, base, scratch)
+        encode(base, count, out, at)
+
+
+@kernel
+def add_majority(values: Array, cuts: Array, factors: Array, signs: Array) -> None:
+    """Add to signs (1) the signs of the sums of the trimmed task vectors, equal ones all kept."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, factors.dtype), np.empty((experts, CHUNK), factors.dtype)
+    total, single = np.empty(CHUNK, factors.dtype), np.empty(CHUNK, np.float32)
+    keep, seen = np.empty((cuts.shape[1], CHUNK), np.bool_), np.zeros(cuts.shape[1], np.int64)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        task_vectors(values, at, count, base, deltas)
+        total[:count] = 0
+        for m in range(experts):
+            keep_window(deltas[m], count, cuts[m], seen, single, keep)
+        scale_each(deltas, factors, count)
+        for m in range(experts):
+            for i in range(count):
+                total[i] = total[i] + deltas[m, i]
+        for i in range(count):
+            signs[0] += (total[i] > 0) - np.int64(total[i] < 0)

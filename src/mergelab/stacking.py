@@ -1,0 +1,147 @@
+"""Which tensors an output tensor is made of: layers stacked and renumbered, the rest by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mergelab.checkpoint import Checkpoint, Tensor, split_layer
+from mergelab.errors import Problems
+from mergelab.modules import Part
+from mergelab.structure import Recipe, Slice, Source
+
+EMBEDDINGS = ("embed", "wte", "wpe")
+TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output tensor, and what each source of its slice calls it.
+
+    `at` is where its layer stands in the slice, 0 to 1, and 0 outside layers."""
+
+    name: str
+    slice: Slice
+    sources: tuple[tuple[Source, str], ...]
+    at: float
+
+
+def wanted(recipe: Recipe, part: Part, problems: Problems) -> list[Wanted]:
+    """Every output tensor of a module; layers that a model does not have are noted as problems."""
+    if part.module.whole:
+        return list(_by_name(part))
+    stack = _Stack(recipe, part, problems)
+    return [*stack.layers(), *stack.outside()] if stack.is_there() else []
+
+
+def find(model: Checkpoint, name: str) -> Tensor | None:
+    """The tensor, or the embedding it is tied to if the model stores no output head."""
+    if name in model.tensors or not name.endswith(HEAD):
+        return model.tensors.get(name)
+    return next((t for n, t in model.tensors.items() if n.endswith(TIED)), None)
+
+
+def position(index: int, count: int) -> float:
+    """Where a layer stands in its run, 0 to 1; the only layer of a run stands at 1."""
+    return index / (count - 1) if count > 1 else 1.0
+
+
+def _by_name(part: Part) -> Iterator[Wanted]:
+    """A list of `models`: every tensor name that any model has."""
+    (slice,) = part.module.slices
+    names = _names([part.donor, *part.models.values()])
+    counts: dict[str, int] = {}
+    for name in names:
+        prefix, index, _ = split_layer(name)
+        counts[prefix] = max(counts.get(prefix, 0), (index or 0) + 1)
+    sources = _with_base(slice)
+    for name in names:
+        prefix, index, _ = split_layer(name)
+        at = 0.0 if index is None else position(index, counts[prefix])
+        yield Wanted(name, slice, tuple((source, name) for source in sources), at)
+
+
+def _with_base(slice: Slice) -> list[Source]:
+    """The sources of a slice; a base that is not listed comes last."""
+    if slice.base is None or slice.base in [source.model for source in slice.sources]:
+        return list(slice.sources)
+    return [*slice.sources, Source(slice.base, None, {}, slice.line)]
+
+
+def _names(models: Iterable[Checkpoint]) -> list[str]:
+    return list(dict.fromkeys(name for model in models for name in model.tensors))
+
+
+class _Stack:
+    """A list of `slices`: layers renumbered in order, embeddings of the first slice, the rest of
+    the last."""
+
+    def __init__(self, recipe: Recipe, part: Part, problems: Problems) -> None:
+        self.recipe, self.part, self.problems = recipe, part, problems
+        self.slices = part.module.slices
+        self.suffixes = {name: _suffixes(model) for name, model in part.models.items()}
+        first = part.models[self.slices[0].sources[0].model]
+        self.name = part.donor.stack or first.stack
+
+    def is_there(self) -> bool:
+        """Does every model have the layers that are asked of it?"""
+        missing = [text for slice in self.slices for s in slice.sources for text in self.lack(s)]
+        for text in dict.fromkeys(missing):
+            self.problems.add(text)
+        return not missing
+
+    def lack(self, source: Source) -> Iterator[str]:
+        model, (begin, end) = self.part.models[source.model], source.layers or (0, 0)
+        if end > model.layers:
+            yield (
+                f"{self.recipe.path}:{source.line}: model {source.model} has {model.layers} "
+                f"layers, layer_range ends at {end}."
+            )
+            return
+        for layer in range(begin, end):
+            if layer not in self.suffixes[source.model]:
+                yield f"model {source.model}: layer {layer} has no tensors."
+
+    def layers(self) -> Iterator[Wanted]:
+        row = 0
+        for slice in self.slices:
+            begin, end = slice.sources[0].layers or (0, 0)
+            for k in range(end - begin):
+                at = position(k, end - begin)
+                for suffix in self.suffixes_of(slice, k):
+                    sources = tuple((s, self.source_name(s, k, suffix)) for s in slice.sources)
+                    yield Wanted(f"{self.name}.{row}.{suffix}", slice, sources, at)
+                row += 1
+
+    def source_name(self, source: Source, k: int, suffix: str) -> str:
+        layer = (source.layers or (0, 0))[0] + k
+        return f"{self.part.models[source.model].stack}.{layer}.{suffix}"
+
+    def suffixes_of(self, slice: Slice, k: int) -> list[str]:
+        """Names within a layer that any source has in the k-th layer of the slice."""
+        names: dict[str, None] = {}
+        for source in slice.sources:
+            layer = (source.layers or (0, 0))[0] + k
+            names |= dict.fromkeys(self.suffixes[source.model][layer])
+        return list(names)
+
+    def outside(self) -> Iterator[Wanted]:
+        for name in _names([self.part.donor, *self.part.models.values()]):
+            if split_layer(name)[0] == self.name:
+                continue
+            early = any(word in name for word in EMBEDDINGS)
+            slice = self.slices[0 if early else -1]
+            models = [self.part.models[source.model] for source in slice.sources]
+            if any(find(model, name) for model in models):
+                yield Wanted(name, slice, tuple((s, name) for s in slice.sources), 0.0)
+
+
+def _suffixes(model: Checkpoint) -> dict[int, list[str]]:
+    """Names within each layer of a model's stack."""
+    found: dict[int, list[str]] = {}
+    for name in model.tensors:
+        prefix, index, suffix = split_layer(name)
+        if index is not None and prefix == model.stack:
+            found.setdefault(index, []).append(suffix)
+    return found

@@ -1,0 +1,493 @@
+"""Faults: kills, full disks, flipped bits, damaged notes. Never a wrong model, never a mess."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import llama_tensors, write_model
+
+from mergelab import engine, hashes
+from mergelab.errors import UserError
+from mergelab.plan import Plan, make_plan
+from mergelab.recipe import load_recipe
+
+TIES = """\
+merge_method: ties
+base_model: base
+dtype: bfloat16
+models:
+- {model: a, parameters: {weight: 0.5, density: 0.4}}
+- {model: b, parameters: {weight: 0.5, density: 0.4}}
+"""
+LINEAR = """\
+merge_method: linear
+dtype: bfloat16
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 2}}]
+"""
+LAYERS = 6
+Part = tuple[int, int]
+
+
+def write_models(place: Path, rows: int = 250) -> None:
+    """base, a and b with tensors of several blocks in each layer, and three recipes."""
+    for seed, name in enumerate(("base", "a", "b")):
+        rng = np.random.default_rng(seed)
+        tensors = llama_tensors(seed, LAYERS)
+        for i in range(LAYERS):
+            tensors[f"model.layers.{i}.mlp.big.weight"] = rng.standard_normal((rows, 600))
+        write_model(place / name, tensors, layers=LAYERS, shards=seed + 1)
+    (place / "ties.yaml").write_text(TIES)
+    (place / "paper.yaml").write_text(TIES + "parameters: {scope: model}\n")
+    (place / "linear.yaml").write_text(LINEAR)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with models and recipes, the working directory; kernels are warm, hashes are not."""
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path)
+    merge(planned("linear.yaml"), "warm")
+    shutil.rmtree("warm")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def planned(recipe: str = "ties.yaml", shard_size: int = 10**6) -> Plan:
+    """Plan a recipe over folders of the working directory."""
+    loaded = load_recipe(Path(recipe))
+    return make_plan(loaded, {m: Path(m) for m in loaded.models}, shard_size=shard_size)
+
+
+def merge(plan: Plan, out: str = "out", part: Part = (1, 1), workers: int = 1) -> dict[str, Any]:
+    """Merge in this process; what the record says of the outputs, {} while parts are missing."""
+    return dict(engine.merge(plan, Path(out), workers=workers, part=part).get("outputs", {}))
+
+
+def left(place: Path, out: str = "out") -> list[str]:
+    """Everything in a folder that belongs to a merge."""
+    return sorted(path.name for path in place.iterdir() if out in path.name)
+
+
+def noted(place: Path) -> list[str]:
+    """The tensors that the journals of interrupted merges name, in order."""
+    paths = sorted(place.glob(".*.partial/journal-*.jsonl"))
+    lines = [line for path in paths for line in path.read_bytes().split(b"\n")]
+    return [json.loads(line)["tensor"] for line in lines if line.endswith(b"}")]
+
+
+# --- kill -9 --------------------------------------------------------------------------------------
+
+
+def forked(job: Callable[[], object], after: float | None = None) -> int:
+    """Run a job in a copy of this process, killed after a time; its exit code, or -9."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            job()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def seen(job: Callable[[], object], after: float) -> dict[str, Any]:
+    """Kill a merge; what it leaves."""
+    before = noted(Path.cwd())
+    code = forked(job, after)
+    now = noted(Path.cwd())
+    return {
+        "killed": code == -signal.SIGKILL and not Path("out").exists(),
+        "code": code,
+        "tensors": len(llama_tensors(0, LAYERS)) + LAYERS,
+        "before": len(before),
+        "new": len(now) - len(before),
+        "twice": len(now) - len(set(now)),
+        "unfinished": Path("out").exists() and not Path("out/merge.json").exists(),
+    }
+
+
+def kill_merges(kills: int, counts: list[int]) -> list[dict[str, Any]]:
+    """Kill merges of 1 or more parts at random moments and finish each, sometimes after two kills.
+
+    To be run in a process without threads, which has everything imported and compiled."""
+    rng, found = random.Random(3), list[dict[str, Any]]()
+    plans = {name: planned(f"{name}.yaml") for name in ("ties", "paper")}
+    want = {name: merge(plan, name) for name, plan in plans.items()}
+    spans = {name: min(span(plan) for _ in range(3)) for name, plan in plans.items()}
+    while len(found) < kills:
+        name = rng.choice(("ties", "ties", "paper"))
+        n, workers = rng.choice(counts), rng.choice((1, 2))
+        job = partial(merge, plans[name], workers=workers)
+        for _ in range(rng.choice((1, 2, 3))):
+            part = (rng.randint(1, n), n)
+            found.append(
+                seen(partial(job, part=part), rng.uniform(0, spans[name] * (n + 1) / (2 * n)))
+            )
+        for i in rng.sample(range(1, n + 1), n):
+            assert forked(partial(job, part=(i, n))) == 0
+        record = json.loads(Path("out/merge.json").read_bytes())
+        found[-1]["same"] = record["outputs"] == want[name]
+        found[-1]["left"] = left(Path.cwd())
+        shutil.rmtree("out")
+    return found
+
+
+def span(plan: Plan) -> float:
+    """Seconds of a merge in a process of its own."""
+    started = time.monotonic()
+    assert forked(partial(merge, plan)) == 0
+    shutil.rmtree("out")
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(("kills", "counts"), [(50, [1]), (25, [2, 3, 8])], ids=["whole", "parts"])
+def test_a_merge_that_is_killed_goes_on_to_the_same_bytes(
+    tmp_path: Path, kills: int, counts: list[int]
+) -> None:
+    write_models(tmp_path, rows=1200)
+    script = f"import sys, json, test_faults as t\nfound = t.kill_merges({kills}, {counts})\n"
+    script += "sys.stdout.write(json.dumps(found))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert len(found) >= kills
+    assert {kill["code"] for kill in found} <= {0, -signal.SIGKILL}, done.stderr[-3000:]
+    assert [kill for kill in found if kill["unfinished"] or kill["twice"]] == []
+    finished = [kill for kill in found if "same" in kill]
+    assert [kill for kill in finished if not kill["same"] or kill["left"] != ["out"]] == []
+    in_progress = [kill for kill in found if kill["killed"]]
+    assert len(in_progress) > kills / 2
+    half_way = [kill for kill in in_progress if 0 < kill["before"] + kill["new"] < kill["tensors"]]
+    assert len(half_way) > kills / 5
+    assert len([kill for kill in half_way if kill["before"]]) > kills / 50  # not for the first time
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def interrupted(plan: Plan, part: int = 1) -> Path:
+    """Leave what a merge that was killed half-way leaves; the partial folder."""
+    assert merge(plan, part=(part, 2)) == {}
+    (folder,) = Path().glob(".out.merge-*.partial")
+    assert 3 < len(noted(Path())) < len(plan.tensors) - 3
+    return folder
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No byte may be written beyond, as with `ulimit -f`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_resumed_merge_writes_no_tensor_again(place: Path) -> None:
+    plan = planned(shard_size=10**9)
+    want = merge(plan, "reference")
+    interrupted(plan, part=2)
+    first = next(tensor for tensor in plan.tensors if tensor.name in noted(place))
+    with largest_file(first.offset):
+        assert merge(plan) == want
+
+
+GARBAGE = [
+    b'{"tensor": "model.norm.weight", "sha',
+    b"\xff\xfe\x00garbage\n",
+    b"[" * 100_000 + b"\n",
+    b'{"tensor": 3}\n[]\n7\nnull\n{"tensor": [], "sha256": {}}\n\n',
+    b"".join(
+        json.dumps({"tensor": name, "sha256": 64 * "0"}).encode() + b"\n"
+        for name in llama_tensors(0, LAYERS)
+    ),
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=["torn", "bytes", "deep", "types", "wrong"])
+def test_a_damaged_journal_does_no_harm(place: Path, garbage: bytes) -> None:
+    plan = planned()
+    want = merge(plan, "reference")
+    folder = interrupted(plan)
+    for name in ("journal-1-of-1.jsonl", "journal-1-of-2.jsonl", "journal-7-of-8.jsonl"):
+        with (folder / name).open("ab") as file:
+            file.write(garbage)
+    assert merge(plan) == want
+    assert left(place) == ["out"]
+
+
+def test_damaged_bytes_of_an_interrupted_merge_are_written_again(place: Path) -> None:
+    plan = planned(shard_size=400_000)
+    want = merge(plan, "reference")
+    folder = interrupted(plan)
+    first, *others = sorted(folder.glob("*.safetensors"))
+    assert len(others) > 1
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    data[3] ^= 1  # in its header
+    first.write_bytes(bytes(data) + b"more")
+    others[0].write_bytes(others[0].read_bytes()[:999])
+    others[1].unlink()
+    assert merge(plan) == want
+    assert sorted(p.name for p in Path("out").iterdir()) == sorted(
+        p.name for p in Path("reference").iterdir()
+    )
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_parts_at_once_twice_and_with_a_whole_merge_give_one_model(place: Path) -> None:
+    plan = planned()
+    want = merge(plan, "reference")
+    for number in range(4):
+        parts = [(i, n) for n in (2, 3) for i in range(1, n + 1)] * 2
+        parts += [(1, 1)] if number % 2 else []
+        random.Random(number).shuffle(parts)
+        with ThreadPoolExecutor(len(parts)) as pool:
+            found = list(pool.map(lambda part: merge(plan, part=part), parts))
+        assert want in found
+        assert [outputs for outputs in found if outputs not in ({}, want)] == []
+        assert left(place) == ["out"]
+        shutil.rmtree("out")
+
+
+def test_a_part_after_the_model_is_finished_changes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned()
+    want = merge(plan)
+    stamps = [path.stat().st_mtime_ns for path in sorted(Path("out").iterdir())]
+    for part in ((1, 1), (2, 3), (8, 8)):
+        assert merge(plan, part=part) == want
+        assert "up to date" in capsys.readouterr().err
+    assert [path.stat().st_mtime_ns for path in sorted(Path("out").iterdir())] == stamps
+
+
+def test_another_recipe_in_the_same_place_is_told_to_a_part(place: Path) -> None:
+    plan, other = planned(), planned("linear.yaml")
+    folder = interrupted(plan)
+    merge(other)
+    assert not folder.exists()
+    assert merge(plan, part=(2, 2)) == {}
+    assert merge(plan, part=(1, 2)) == merge(plan, "reference")
+
+
+# --- full disks -----------------------------------------------------------------------------------
+
+
+def on_small_disk(place: Path, size: int) -> subprocess.CompletedProcess[str]:
+    """Merge into PLACE/disk, a tmpfs of its own namespace; its contents are the standard output."""
+    rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    mount = f'mount -t tmpfs -o size={size} tmpfs disk || {{ echo no tmpfs >&2; exit 99; }}; "$@"'
+    script = f"{mount}; code=$?; find disk -mindepth 1; exit $code"
+    command = ["unshare", *rights, "--mount", "sh", "-c", script, "-"]
+    command += [sys.executable, "-m", "mergelab.cli", "merge", "ties.yaml", "-o", "disk/out"]
+    (place / "disk").mkdir(exist_ok=True)
+    return subprocess.run(command, cwd=place, capture_output=True, text=True)
+
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif("MERGELAB_NO_TMPFS" in os.environ, reason="MERGELAB_NO_TMPFS is set")
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [(-20, "are free"), (0, "no space left"), (3, "no space left")],
+    ids=["told before", "no journal", "no tokenizer"],
+)
+def test_a_full_disk_is_told_and_left_clean(place: Path, pages: int, message: str) -> None:
+    weights = -(-planned(shard_size=10**9).bytes_out // PAGE)
+    done = on_small_disk(place, (weights + pages) * PAGE)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.fail(
+            f"this test mounts a tmpfs, which the system does not allow: {done.stderr} Run it as "
+            "root or allow user namespaces, or set MERGELAB_NO_TMPFS=1 to leave it out."
+        )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+def test_a_limit_of_file_sizes_is_told_and_left_clean(place: Path, half_way: bool) -> None:
+    plan = planned(shard_size=10**9)
+    if half_way:
+        interrupted(plan)
+    with largest_file(plan.bytes_out * 3 // 4), pytest.raises(UserError, match="ulimit -f"):
+        merge(plan)
+    assert left(place) == []
+    assert merge(plan)
+
+
+# --- inputs that change ---------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Flip a bit of the last entry; size and time of the file stay as they were."""
+    facts = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+
+
+def remembered(path: Path) -> str:
+    """sha256 of a file, once it is old enough to be remembered."""
+    time.sleep(max(0.0, hashes.RECENT / 1e9 + 0.1 - (time.time() - path.stat().st_ctime)))
+    found = hashes.sha256(path)
+    assert list((Path(os.environ["XDG_CACHE_HOME"]) / "mergelab/hashes").iterdir())
+    return found
+
+
+def test_a_bit_that_flips_after_a_download_is_seen(place: Path) -> None:
+    weights = place / "a/model-00002-of-00002.safetensors"
+    facts = {"size": weights.stat().st_size, "sha256": hashes.sha256(weights)}
+    note = {"hub": "o/a", "commit": 40 * "a", "files": {weights.name: facts}}
+    (place / "a/source.json").write_text(json.dumps(note))
+    plan = planned()
+    want = merge(plan)
+    remembered(weights)
+    flip(weights)
+    with pytest.raises(UserError, match=r"a/model-00002-of-00002.*is not the file that was down"):
+        merge(plan, "other")
+    assert left(place, "other") == []
+    flip(weights)
+    assert merge(plan, "other") == want
+
+
+def test_a_bit_that_flips_in_a_merge_of_a_merge_is_seen(place: Path) -> None:
+    merge(planned("linear.yaml"), "m")
+    (place / "again.yaml").write_text(TIES.replace("model: a", "model: m"))
+    plan = planned("again.yaml")
+    weights = sorted(Path("m").glob("*.safetensors"))[-1]
+    remembered(weights)
+    flip(weights)
+    with pytest.raises(UserError, match=rf"{weights}: is not the file that was downloaded or merg"):
+        merge(plan)
+    assert left(place) == []
+
+
+def test_a_bit_that_flips_before_a_merge_goes_on_starts_it_anew(place: Path) -> None:
+    plan, weights = planned("linear.yaml"), place / "b/model-00003-of-00003.safetensors"
+    old = merge(plan, "reference")
+    remembered(weights)
+    interrupted(plan)
+    flip(weights)
+    new = merge(plan)
+    assert new == merge(plan, "anew") != old
+    assert left(place) == ["out"]
+
+
+def test_an_input_that_changes_while_it_is_merged_leaves_nothing(place: Path) -> None:
+    plan, weights = planned(), place / "b/model-00003-of-00003.safetensors"
+    want = merge(plan, "reference")
+    interrupted(plan)
+    for part in ((2, 2), (1, 1)):
+        with changing(weights), pytest.raises(UserError, match="was changed while it was merged"):
+            merge(plan, part=part)
+    assert merge(plan, part=(2, 2)) == {}
+    assert merge(plan, part=(1, 2)) == want
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Somebody touches a file all the time."""
+    with ThreadPoolExecutor(1) as pool:
+        stop = list[int]()
+
+        def touch() -> None:
+            for number in itertools.count(1):
+                os.utime(path, ns=(number, number))
+                if stop:
+                    return
+
+        running = pool.submit(touch)
+        try:
+            yield
+        finally:
+            stop.append(1)
+            running.result()
+
+
+def test_inputs_that_change_between_plan_and_merge_are_refused(place: Path) -> None:
+    plan, weights = planned(), place / "a/model-00002-of-00002.safetensors"
+    whole = weights.read_bytes()
+    for size in (len(whole) - 2, len(whole) // 2, 5, 0):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"a/model-00002-of-00002\.safetensors: "):
+            merge(plan)
+    weights.write_bytes(whole.replace(b"up_proj", b"xx_proj"))
+    with pytest.raises(UserError, match="was changed after the merge was planned"):
+        merge(plan)
+    weights.unlink()
+    with pytest.raises(UserError, match="moved or deleted"):
+        merge(plan)
+    assert left(place) == []
+    weights.write_bytes(whole)
+    assert merge(plan)
+
+
+# --- the memory of hashes -------------------------------------------------------------------------
+
+
+def test_a_damaged_memory_of_hashes_does_no_harm(place: Path) -> None:
+    weights = place / "a/model-00001-of-00002.safetensors"
+    want = remembered(weights)
+    (note,) = (place / "cache/mergelab/hashes").iterdir()
+    good = note.read_text()
+    held = json.loads(good)
+    odd = ["", "{", "[]", "7", "null", "\0\xff", "[" * 100_000, json.dumps({**held, "sha256": ""})]
+    odd += [good[:-9], json.dumps({**held, "identity": 5}), json.dumps({**held, "sha256": None})]
+    odd += [json.dumps({**held, "identity": [0, *held["identity"][1:]], "sha256": 64 * "0"})]
+    for text in odd:
+        note.write_text(text)
+        assert hashes.sha256(weights) == want, text[:80]
+        assert note.read_text() == good, text[:80]
+
+
+def test_a_memory_of_hashes_that_cannot_be_written_does_no_harm(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "file"))
+    weights = place / "a/model-00001-of-00002.safetensors"
+    assert hashes.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert merge(planned("linear.yaml"))
