@@ -41,7 +41,7 @@ MASK_HEADER = (
     "| recipe | share, mergelab | share, mergekit | norm, mergelab | norm, mergekit | holds |"
 )
 LEGEND = """
-- Recipes: `parity_random_recipes.py` makes the same ones each time.
+- Recipes: `parity_random_recipes.py` makes the same ones each time; dare and della at density 1.
 - One **ulp** is the float32 spacing at the largest magnitude among result, base and experts;
   **relative** is to the largest entry of the tensor. Columns 3 to 5: the two float32 results.
 - **error**: of a float32 result against the peer's float64 result of the same recipe.

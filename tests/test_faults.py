@@ -133,22 +133,22 @@ def seen(job: Callable[[], object], after: float) -> dict[str, Any]:
 
 
 def kill_merges(kills: int, counts: list[int]) -> list[dict[str, Any]]:
-    """Kill merges of 1 or more parts at random moments and finish each, sometimes after two kills.
+    """Kill merges of 1 or more parts at random moments; finish each after one to three kills.
 
-    To be run in a process without threads, which has everything imported and compiled."""
+    Goes on until so many kills hit a merge at work. The span of the moments follows the load of
+    the machine. To be run in a process without threads."""
     rng, found = random.Random(3), list[dict[str, Any]]()
     plans = {name: planned(f"{name}.yaml") for name in ("ties", "paper")}
     want = {name: merge(plan, name) for name, plan in plans.items()}
     spans = {name: min(span(plan) for _ in range(3)) for name, plan in plans.items()}
-    while len(found) < kills:
+    while sum(kill["killed"] for kill in found) < kills and len(found) < 5 * kills:
         name = rng.choice(("ties", "ties", "paper"))
         n, workers = rng.choice(counts), rng.choice((1, 2))
         job = partial(merge, plans[name], workers=workers)
         for _ in range(rng.choice((1, 2, 3))):
             part = (rng.randint(1, n), n)
-            found.append(
-                seen(partial(job, part=part), rng.uniform(0, spans[name] * (n + 1) / (2 * n)))
-            )
+            found.append(seen(partial(job, part=part), rng.uniform(0, spans[name])))
+            spans[name] *= 1.1 if found[-1]["killed"] else 0.8
         for i in rng.sample(range(1, n + 1), n):
             assert forked(partial(job, part=(i, n))) == 0
         record = json.loads(Path("out/merge.json").read_bytes())
@@ -182,16 +182,15 @@ def test_a_merge_that_is_killed_goes_on_to_the_same_bytes(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) >= kills
     assert {kill["code"] for kill in found} <= {0, -signal.SIGKILL}, done.stderr[-3000:]
     assert [kill for kill in found if kill["unfinished"] or kill["twice"]] == []
     finished = [kill for kill in found if "same" in kill]
     assert [kill for kill in finished if not kill["same"] or kill["left"] != ["out"]] == []
     in_progress = [kill for kill in found if kill["killed"]]
-    assert len(in_progress) > kills / 2
+    assert len(in_progress) >= kills
     half_way = [kill for kill in in_progress if 0 < kill["before"] + kill["new"] < kill["tensors"]]
-    assert len(half_way) > kills / 5
-    assert len([kill for kill in half_way if kill["before"]]) > kills / 50  # not for the first time
+    assert len(half_way) > kills / 10
+    assert [kill for kill in half_way if kill["before"]]  # and not for the first time
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -249,6 +248,16 @@ def test_a_damaged_journal_does_no_harm(place: Path, garbage: bytes) -> None:
     assert left(place) == ["out"]
 
 
+@pytest.mark.parametrize("garbage", GARBAGE, ids=["torn", "bytes", "deep", "types", "wrong"])
+def test_a_part_goes_on_after_the_damaged_end_of_its_journal(place: Path, garbage: bytes) -> None:
+    plan = planned()
+    want = merge(plan, "reference")
+    folder = interrupted(plan, part=2)
+    (folder / "journal-1-of-3.jsonl").write_bytes(garbage)
+    assert merge(plan, part=(1, 3)) == {}
+    assert merge(plan, part=(2, 3)) == want
+
+
 def test_damaged_bytes_of_an_interrupted_merge_are_written_again(place: Path) -> None:
     plan = planned(shard_size=400_000)
     want = merge(plan, "reference")
@@ -261,6 +270,7 @@ def test_damaged_bytes_of_an_interrupted_merge_are_written_again(place: Path) ->
     first.write_bytes(bytes(data) + b"more")
     others[0].write_bytes(others[0].read_bytes()[:999])
     others[1].unlink()
+    (folder / ".config.json.0badcafe").write_text("{")
     assert merge(plan) == want
     assert sorted(p.name for p in Path("out").iterdir()) == sorted(
         p.name for p in Path("reference").iterdir()
@@ -409,7 +419,7 @@ def test_a_bit_that_flips_before_a_merge_goes_on_starts_it_anew(place: Path) -> 
     plan, weights = planned("linear.yaml"), place / "b/model-00003-of-00003.safetensors"
     old = merge(plan, "reference")
     remembered(weights)
-    interrupted(plan)
+    interrupted(plan, part=2)  # which reads the entry
     flip(weights)
     new = merge(plan)
     assert new == merge(plan, "anew") != old
@@ -420,9 +430,11 @@ def test_an_input_that_changes_while_it_is_merged_leaves_nothing(place: Path) ->
     plan, weights = planned(), place / "b/model-00003-of-00003.safetensors"
     want = merge(plan, "reference")
     interrupted(plan)
-    for part in ((2, 2), (1, 1)):
+    done = noted(place)
+    for part, kept in (((2, 2), done), ((1, 1), [])):
         with changing(weights), pytest.raises(UserError, match="was changed while it was merged"):
             merge(plan, part=part)
+        assert noted(place) == kept
     assert merge(plan, part=(2, 2)) == {}
     assert merge(plan, part=(1, 2)) == want
 
@@ -491,3 +503,21 @@ def test_a_memory_of_hashes_that_cannot_be_written_does_no_harm(
     weights = place / "a/model-00001-of-00002.safetensors"
     assert hashes.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert merge(planned("linear.yaml"))
+
+
+def test_kernels_that_cannot_be_kept_are_compiled_and_leave_no_litter(place: Path) -> None:
+    (place / "file").write_text("")
+    (place / "scratch").mkdir()
+    package = Path(engine.__file__).parent
+    before = sorted(package.rglob("*.nbi"))
+    environment = {"XDG_CACHE_HOME": str(place / "file"), "TMPDIR": str(place / "scratch")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mergelab.cli", "merge", "linear.yaml", "-o", "out"],
+        cwd=place,
+        env={k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(package.rglob("*.nbi")) == before
+    assert list((place / "scratch").iterdir()) == []

@@ -29,8 +29,8 @@ EACH = "weight: 0.4, density: 0.6"
 RECIPES = {  # name: method, parameters of every model, of the recipe, experts
     "linear": ("linear", "weight: 0.4", "", 2),
     "linear as it is": ("linear", "weight: 0.4", "normalize: false", 2),
-    "slerp": ("slerp", "", "t: [0, 0.5, 1]", 1),
-    "slerp model": ("slerp", "", "t: [0, 0.5, 1], scope: model", 1),
+    "slerp": ("slerp", "", "t: [0.2, 0.7]", 1),
+    "slerp model": ("slerp", "", "t: [0.2, 0.7], scope: model", 1),
     "nuslerp": ("nuslerp", "weight: 0.4", "", 2),
     "nuslerp rows": ("nuslerp", "weight: 0.4", "nuslerp_flatten: false, nuslerp_row_wise: true", 2),
     "nuslerp columns": ("nuslerp", "weight: 0.4", "nuslerp_flatten: false", 2),
@@ -60,7 +60,40 @@ RECIPES = {  # name: method, parameters of every model, of the recipe, experts
     "passthrough": ("passthrough", "scale: 0.5", "", 0),
     "stack": ("passthrough", "", "", 0),
 }
-GOLDEN = {}
+GOLDEN = {
+    "linear v2": "8a34b949bfe95d21c4e0c826e82be9af4d83843bd07dda5904853cb2dca83d24",
+    "linear as it is v2": "d6ab98cbd598a99d3d0a2fc83baf8ea562f4c0f26616abcbcbf182f1e4aeef5a",
+    "slerp v2": "cf6d9924c6a18c6da3252942c38d1407174c6f2175109be24155324f4497e3bc",
+    "slerp model v2": "d3c8113eccab0cec2c7bf705cd1cc97b354a751f20db9d2849c4dd746b8fea61",
+    "nuslerp v1": "16ecffa7d21a070e0bd06c587c75461871e0ccab69395a1129f7270809d0373e",
+    "nuslerp rows v1": "b7e257801893faaf79a3a6fae36850f9e1be5788ba3ee67e7a91f0c1f5b498d8",
+    "nuslerp columns v1": "ebd35d62e08fbbd334a61c78467a4f93a6d877a5c54bcd82b4c4a17cc7bb0b84",
+    "multislerp v1": "d5634ee672fa2c7c6c732494e7447831d6460643cd842c964242c615e0dfc0b4",
+    "karcher v1": "ce65829fe1019a0865e5a5b7f16609f260195d60a1fa27338ec102a5d927c300",
+    "task_arithmetic v2": "27cd4d6626421718a4b17aba2ed436d20c3d5b5905510c55bd03bfa54fff96c8",
+    "ties v1": "187d3d2197401c703a7678b118a1dd6a0cb6ab562c64602885497b5827accf20",
+    "ties paper v1": "cf7ce0b3951903eaaadb4cd262ea7beb2e1f99145591e6a04a888a60477e308e",
+    "ties peft v1": "5a6c8fed26a6b4206c1b94ea79b0be0767586f6ad9dd1d41482f14d6d29e69dd",
+    "dare_linear v4": "915456379ec1bf3cf301172d7aa894c2cd9a6cd5edbf8f119ef7cddd3c125d4d",
+    "dare_linear density v4": "0ee1546013207b43c81eb96a6808f29bbdc1979b0e79dd2d7c711b40a9a2f9f7",
+    "dare_ties v3": "f13f83e215736db2da5b880d3eb2194a8315b752aaa1ae108c7366e48cb1d8d7",
+    "breadcrumbs v1": "0afc18e17103abd9f9aa08bf0d1571bfdf45c8fa5b42d347a2155b4b5c55e5fb",
+    "breadcrumbs rows v1": "8ce5a880b99c82d8ce80aea47ec5290a912c235951dc0ba9984ae5966081948e",
+    "breadcrumbs_ties v1": "60a630ab276b58e388f6ea48c50af29c2a9cf646366855eef6d400d060b3909f",
+    "della v1": "226c25474145c5f87f6ee0572637fef383483eed99774c69b8d7e595ec0eaef7",
+    "della probability v1": "26f9e70f92ff46a33ca4c97b8967c4bc2d7acc1234e1ed3f138dd2af7615d6b7",
+    "della_linear v1": "71fe79e94065eeaa73c2939ad6934f71e8b633bcfa79e86839c327b2c10754fc",
+    "sce v1": "e6d1e4994115e7e712fb8df32a22c082722bd97468209d89576c00712ebc715d",
+    "sce weights v1": "6a51615f1f30e157b16393f70311ec50f4f5874c8c840bc2968c9d3444469b65",
+    "ram v1": "f4e394a5032cb9a929424397101787245667dab9fa5df087bb001cf7f78fce4f",
+    "ramplus_tl v1": "9e21eb46fd966eef9c62deb8650a2607511384dc45bbbc4190f367ab813f129f",
+    "model_stock v1": "e8718f3443e4e4ef36a362823e14fb31c32d29b7800b417d2b0d14ae2ecefd25",
+    "model_stock rows v1": "e51b9cf4e3d11fad9e29001de0960699a03f974cc3128aa965d45acc648b0154",
+    "nearswap v1": "baf845070e764a6bde9fdb62dc9296de76971efd23d374b21e837a846a2e1bec",
+    "arcee_fusion v1": "d3fae4f4346d0614dc4bc98643d9bce7d6ba0ca673e7504556ef61c556d36ce9",
+    "passthrough v1": "bfeaa8e99ed6556558df8e332b7b6b0ea0c9737030c3a14f111e0aacbaae8c06",
+    "stack v1": "7774c2fc2905445125af5e1b614f6d31d4ca5f836b969a5156d5bfc5d1306915",
+}
 STACK = """\
 merge_method: passthrough
 dtype: bfloat16
@@ -93,14 +126,18 @@ def write_recipes(folder: Path) -> None:
 
 
 def write_models(folder: Path, *, large: bool = False) -> None:
-    """base, a, b, c; `large` adds a tensor of three blocks and one with a row above a block."""
+    """base, a, b, c; a third of each expert's entries is the base's.
+
+    `large` adds a tensor of three blocks and one with a row above a block."""
+    base: dict[str, np.ndarray] = {}
     for seed, name in enumerate(("base", "a", "b", "c")):
-        tensors = llama_tensors(seed)
+        tensors = llama_tensors(seed, scale=0.3)
         if large:
-            own, common = np.random.default_rng(seed + 9), np.random.default_rng(9)
-            for tensor, shape in LARGE.items():
-                shared = common.standard_normal(shape)
-                tensors[tensor] = shared + 0.05 * own.standard_normal(shape)
+            rng = np.random.default_rng(seed)
+            tensors |= {tensor: rng.standard_normal(shape) for tensor, shape in LARGE.items()}
+        base = base or tensors
+        for tensor, values in tensors.items():
+            values.flat[seed::3] = base[tensor].flat[seed::3]
         write_model(folder / name, tensors, shards=seed % 3 + 1)
 
 
@@ -218,6 +255,7 @@ def test_numba_compiles_for_the_processor_that_is_asked_for(tmp_path: Path) -> N
 
 def test_every_method_has_a_recipe_here() -> None:
     assert {method for method, *_ in RECIPES.values()} == set(METHODS)
+    assert len(set(GOLDEN.values())) == len(RECIPES)  # each goes its own way
 
 
 def test_golden_hashes_of_every_method_and_version(place: Path) -> None:

@@ -16,12 +16,17 @@ import numpy as np
 
 from mergelab.checkpoint import BITS, FLOATS, Tensor, count_not_finite, from_float, to_float
 from mergelab.errors import UserError
+from mergelab.kernels import count_full
 from mergelab.methods.averages import PASSTHROUGH
 from mergelab.methods.base import BLOCK, Array, Block, Method, Stats, Sums
 from mergelab.progress import Bar
 from mergelab.writer import Planned, write_at
 
-ABOVE = {"<u2": (0x7FFF, 0x7F80), "<u4": (0x7FFFFFFF, 0x7F800000), "<u8": (2**63 - 1, 0x7FF << 52)}
+EXPONENTS: dict[str, Any] = {  # per type of block: words that hold its bits, and the exponent
+    "<u2": np.uint16(0x7F80),
+    "<f4": np.uint32(0x7F800000),
+    "<f8": np.uint64(0x7FF << 52),
+}
 
 
 class Files:
@@ -83,6 +88,7 @@ class TensorMerge:
             method = PASSTHROUGH
         self.method, self.tensor, self.files, self.buffers = method, tensor, files, buffers
         self.lenient = lenient
+        self.size = tensor.size
         self.keys = tensor.keys(seed) if method.random else ()
         dtypes = {tensor.dtype, *(source.dtype for source in tensor.sources)}
         self.kind = "<u2" if stored and dtypes == {"BF16"} else "<f4"
@@ -90,7 +96,7 @@ class TensorMerge:
             self.kind = "<f8"
         self.row = max(1, method.row(tensor.settings, tensor.shape))
         self.step = max(1, BLOCK // self.row) * self.row
-        self.wrong = [0] * len(tensor.sources)
+        self.wrong = np.zeros(len(tensor.sources), np.int64)
         self.looked = False
 
     @property
@@ -100,18 +106,17 @@ class TensorMerge:
 
     def starts(self) -> range:
         """First elements of the blocks."""
-        return range(0, self.tensor.size, self.step)
+        return range(0, self.size, self.step)
 
     def blocks(self) -> Iterator[Block]:
         """The blocks in order; the first time round, entries that are not finite are counted."""
         looked, self.looked = self.looked or self.lenient, True
         for start in self.starts():
-            values = self.read(start, min(start + self.step, self.tensor.size))
+            values = self.read(start, min(start + self.step, self.size))
             if not looked:
-                for m, row in enumerate(values):
-                    self.wrong[m] += self.not_finite(row)
+                self.count_wrong(values, self.wrong)
             based = self.tensor.base is not None
-            yield Block(values, based, start, self.tensor.size, self.row, self.keys)
+            yield Block(values, based, start, self.size, self.row, self.keys)
         if not looked:
             self.check_inputs()
 
@@ -171,32 +176,35 @@ class TensorMerge:
 
     def merged(self, stats: Stats | None, state: Sums | None) -> Iterator[Array]:
         """The merged bits, block by block."""
-        if not self.tensor.size:
+        if not self.size:
             return
-        settings, wrong = self.tensor.settings, 0
+        settings, dtype = self.tensor.settings, self.tensor.dtype
+        wrong = np.zeros(1, np.int64)
         stats = self.survey() if stats is None else stats
         if state is None:
             state = self.method.running(settings, self.row) if self.method.running else {}
         for block in self.blocks():
             out = self.buffers.get("out", block.values.shape[1], self.kind)
-            with np.errstate(over="ignore", invalid="ignore"):
-                self.method.merge(block, settings, stats, state, out)
-                if self.kind != BITS[self.tensor.dtype]:
-                    out = from_float(out, self.tensor.dtype)
-            wrong += 0 if self.lenient else self.not_finite(out)
+            self.method.merge(block, settings, stats, state, out)
+            if self.kind != BITS[dtype]:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    out = from_float(out, dtype)
+                wrong[0] += 0 if self.lenient else count_not_finite(out, dtype)
+            elif not self.lenient:
+                self.count_wrong(out[None], wrong)
             yield out
-        if wrong:
+        if wrong[0]:
             raise UserError(
-                f"tensor {self.tensor.name}: {wrong} merged entries are infinite or not a number, "
-                "though all inputs are finite. Use a wider dtype or smaller weights; "
+                f"tensor {self.tensor.name}: {wrong[0]} merged entries are infinite or not a "
+                "number, though all inputs are finite. Use a wider dtype or smaller weights; "
                 "'allow_not_finite: true' in the recipe merges it as it is."
             )
 
     def copied(self) -> Iterator[Array]:
         """The source's bits, once all sources are seen to hold the same."""
         dtype = self.tensor.dtype
-        for start in range(0, self.tensor.size, BLOCK):
-            count = min(BLOCK, self.tensor.size - start)
+        for start in range(0, self.size, BLOCK):
+            count = min(BLOCK, self.size - start)
             for number, source in enumerate(self.tensor.sources):
                 bits = self.buffers.get(f"bits{min(number, 1)}", count, BITS[dtype])
                 self.files.read(source.file, source.offset + start * bits.itemsize, bits)
@@ -209,19 +217,14 @@ class TensorMerge:
                         "agree."
                     )
             if dtype in FLOATS and not self.lenient:
-                self.wrong[0] += self.not_finite(first)
+                self.wrong[0] += count_not_finite(first, dtype)
             yield first
         self.check_inputs()
 
-    def not_finite(self, values: Array) -> int:
-        """How many of the entries (uint16 for bfloat16, or floats) are infinite or NaN."""
-        kind = f"<u{values.itemsize}"
-        mask, limit = ABOVE[kind] if values.dtype != np.float16 else (0x7FFF, 0x7C00)
-        scratch = self.buffers.get("scratch", values.size, kind)
-        np.bitwise_and(values.view(kind), scratch.dtype.type(mask), out=scratch)
-        if not values.size or scratch.max() < limit:
-            return 0
-        return count_not_finite(values, "BF16" if values.dtype == np.uint16 else "F32")
+    def count_wrong(self, values: Array, counts: Array) -> None:
+        """Add to counts (M) how many entries of a block (M, S) are infinite or NaN."""
+        mask = EXPONENTS[self.kind]
+        count_full(values.view(mask.dtype), mask, counts)
 
     def check_inputs(self) -> None:
         """Raise UserError if an input has entries that are not finite."""

@@ -148,6 +148,8 @@ class _Job:
         key = digest(self.identity)[:12]
         folder = partial_folder(self.out, f"merge-{key}")
         try:
+            for path in folder.glob(".*"):  # files that a kill left half-written
+                path.unlink()
             with disk_full(self.out):
                 check_space(self.out, self.plan.bytes_out - _allocated(folder))
                 place_shards(folder, self.plan.headers, self.plan.tensors)
@@ -221,9 +223,9 @@ class _Job:
         for name, data in self.small.items():
             write_bytes(folder / name, data)
         record = self.record(folder, journal, hashed)
+        write_json(folder / RECORD, record)
         for path in folder.glob(PATTERN):
             path.unlink()
-        write_json(folder / RECORD, record)
         replaced = check_replaceable(self.out)
         move_into_place(folder, self.out)
         self.tell(replaced)

@@ -5,11 +5,15 @@ every processor. Compiled code lies under $XDG_CACHE_HOME/mergelab, keyed by the
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -60,15 +64,26 @@ def kernel(function: Callable[P, R]) -> Kernel[P, R]:
 def _numba() -> Any:
     """numba, with its cache in a folder that changes with the source of any kernel."""
     if "NUMBA_CACHE_DIR" not in os.environ:
-        digest = hashlib.sha256()
-        here = Path(__file__)
-        for source in [here, *sorted((here.parent / "methods").glob("*.py"))]:
-            digest.update(source.read_bytes())
-        os.environ["NUMBA_CACHE_DIR"] = str(cache_folder(f"kernels-{digest.hexdigest()[:12]}"))
+        os.environ["NUMBA_CACHE_DIR"] = str(_place())
     import numba
 
     _teach(numba)
     return numba
+
+
+def _place() -> Path:
+    """Where compiled code is kept; a folder that goes with this process if that is not writable."""
+    digest = hashlib.sha256()
+    here = Path(__file__)
+    for source in [here, *sorted((here.parent / "methods").glob("*.py"))]:
+        digest.update(source.read_bytes())
+    place = cache_folder(f"kernels-{digest.hexdigest()[:12]}")
+    with suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+    if not os.access(place, os.W_OK):
+        place = Path(tempfile.mkdtemp(prefix="mergelab-kernels-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def decode(values: Array, model: int, start: int, count: int, out: Array) -> None:
@@ -167,3 +182,15 @@ def task_vectors(values: Array, start: int, count: int, base: Array, deltas: Arr
         decode(values, m + 1, start, count, deltas[m])
         for i in range(count):
             deltas[m, i] = deltas[m, i] - base[i]
+
+
+@kernel
+def count_full(bits: Array, mask: Any, counts: Array) -> None:
+    """Add to counts (M) how many words of each row of bits (M, S) have all bits of the mask set.
+
+    With the exponent's bits as mask: how many floats are infinite or NaN."""
+    for m in range(bits.shape[0]):
+        row, found = bits[m], 0
+        for i in range(row.size):
+            found += (row[i] & mask) == mask
+        counts[m] += found

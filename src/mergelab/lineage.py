@@ -92,17 +92,23 @@ def graph(study: Study, recipes: Mapping[str, str]) -> Graph:
 def merge_edges(child: str, recipe: Mapping[str, Any], study: Study) -> list[Edge]:
     """One edge per parent of a merge; slices count by their share of the layers."""
     method = METHODS.get(str(recipe.get("merge_method")))
-    from_base = method is not None and method.base == "needed"
+    from_base = method is not None and method.base in ("needed", "optional")
     base = _variant(recipe["base_model"], study) if recipe.get("base_model") else None
-    parts = recipe.get("slices") or [{"sources": recipe.get("models") or []}]
+    modules = (recipe.get("modules") or {"": recipe}).values()
+    parts = [
+        part
+        for module in modules
+        for part in module.get("slices") or [{"sources": module.get("models") or []}]
+    ]
     layers = [_layers(part["sources"]) for part in parts]
     edges: dict[str, Edge] = {}
     for part, count in zip(parts, layers, strict=True):
         common = {**(recipe.get("parameters") or {}), **(part.get("parameters") or {})}
         sources = [(_variant(s.get("model"), study), s) for s in part["sources"]]
+        own = _variant(part["base_model"], study) if part.get("base_model") else base
         if from_base:
-            sources = [(name, source) for name, source in sources if name != base]
-        for parent, weight, exact in _shares(method, base, sources, common):
+            sources = [(name, source) for name, source in sources if name != own]
+        for parent, weight, exact in _shares(method, own, sources, common):
             old = edges.get(parent, Edge(parent, child, "merge", 0.0))
             share = old.weight + weight * count / sum(layers)
             edges[parent] = Edge(parent, child, "merge", share, old.exact and exact)
@@ -126,7 +132,7 @@ def _shares(
     def mean(values: Mapping[str, Any], name: str) -> tuple[float, bool]:
         return _mean(values.get(name, default(name)), 1.0)
 
-    if method and method.parameter("t"):
+    if method and method.name == "slerp":
         t, exact = mean(common, "t")
         return [(str(base), 1 - t, exact), *((name, t, exact) for name, _ in sources)]
     own = [{**common, **(source.get("parameters") or {})} for _, source in sources]
@@ -161,8 +167,12 @@ def taint(graph: Graph, planted: Mapping[str, Sequence[str]]) -> dict[str, dict[
 
 
 def _variant(name: Any, study: Study) -> str:
-    """The study's name for a recipe's model: 'recipe:x' is the merge x, a hub id its model."""
+    """The study's name for a recipe's model: 'recipe:x' is the merge x, a hub id its model.
+
+    A model with an adapter counts as the model."""
     text = str(name).removeprefix("recipe:")
+    if "+" in text and text not in study.models:
+        text = text.partition("+")[0]
     for model in study.models.values():
         if text in (model.hub, (model.hub or "").partition("@")[0] or None, model.path):
             return model.name

@@ -52,6 +52,8 @@ def parts(name: str, recipe: Recipe, study: Study | None) -> tuple[str, str | No
     def known(part: str) -> bool:
         if part.startswith(PREFIX):
             return _source(part, recipe).is_file()
+        if part != name and is_hub_id(part):
+            return True
         return bool(study and part in study.models) or bool(local(part))
 
     return split_name(name, known) or (name, None)

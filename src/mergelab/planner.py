@@ -15,7 +15,6 @@ from mergelab.structure import Recipe, Source
 from mergelab.vocabulary import Vocabulary
 from mergelab.writer import Planned
 
-NO_SHARE = 1e-8
 FEW = 3  # misfits of one kind that are told in full
 
 Found = list[tuple[Source, str, Tensor]]
@@ -177,7 +176,6 @@ class Planner:
                 values[parameter.name] = resolve(parameter, levels, name, want.at)
                 self.given(parameter, values[parameter.name], want)
         settings = Settings(shared, tuple(each))
-        self.dividable(want.name, settings)
         wrong = self.method.check(settings)
         if wrong:
             where = f"{self.recipe.path}:{want.slice.line}"
@@ -195,16 +193,6 @@ class Planner:
             self.problems.add(
                 f"{where}: the gradient of '{parameter.name}' gives {value:g} for tensor {name}, "
                 "which is no integer. Write filters instead of a gradient."
-            )
-
-    def dividable(self, name: str, settings: Settings) -> None:
-        if self.method.name != "linear" or not settings.shared["normalize"]:
-            return
-        weights = settings.each("weight")
-        if None not in weights and abs(sum(weights)) < NO_SHARE:
-            self.problems.add(
-                f"{self.recipe.path}: the weights of tensor {name} sum to 0, which cannot be "
-                "normalized. Change them or set normalize: false."
             )
 
     def out_dtype(self, name: str, tensors: list[Tensor]) -> str:

@@ -99,6 +99,7 @@ def _method(method: Method) -> None:
     count = f"{least}" if least == most else f"{least} or more"
     models = {
         "needed": f"base_model and {count} other (the base may be listed, too)",
+        "optional": f"{count}; with a base_model besides, their task vectors are merged",
         "ordinary": f"{count}; base_model, if given, lends its config and tokenizer",
         "none": f"{count} per slice",
     }
@@ -125,6 +126,8 @@ def _default(parameter: Parameter) -> str:
 
 
 def _meaning(parameter: Parameter) -> str:
+    if parameter.choices:
+        return f"{parameter.help} ({' | '.join(parameter.choices)})"
     if parameter.low is None or parameter.high is None:
         return parameter.help
     return f"{parameter.help} ({parameter.low:g} to {parameter.high:g})"

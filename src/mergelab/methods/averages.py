@@ -19,6 +19,8 @@ from mergelab.methods.base import (
     normalize,
 )
 
+NO_SHARE = 1e-8  # a sum of weights below this is not divided by
+
 
 @kernel
 def sum_fused(values: Array, weights: Array, divisor: Any, out: Array) -> None:
@@ -81,6 +83,14 @@ def passthrough(block: Block, settings: Settings, stats: Stats, state: Sums, out
         sum_plain(block.values, block.numbers([scale]), out)
 
 
+def check_weights(settings: Settings) -> str | None:
+    """Can the average be divided by the sum of the weights?"""
+    weights = settings.each("weight")
+    if not settings.shared["normalize"] or None in weights or abs(sum(weights)) >= NO_SHARE:
+        return None
+    return "the weights sum to 0, which cannot be normalized. Change them or set normalize: false."
+
+
 LINEAR = Method(
     "linear",
     2,
@@ -89,6 +99,7 @@ LINEAR = Method(
     (1, None),
     (WEIGHT, normalize(True)),
     linear,
+    check=check_weights,
     papers=("Wortsman et al. 2022, Model soups, arXiv 2203.05482",),
     differs=(
         "the same on processors without FMA; from five models on, the weights' sum may differ",

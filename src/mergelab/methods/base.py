@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-BLOCK = 1 << 16  # elements of a block; part of the arithmetic: sums are added block by block
+BLOCK = 1 << 17  # elements of a block; part of the arithmetic: sums are added block by block
 
 Array = np.ndarray[Any, Any]
 Sums = dict[str, Any]
