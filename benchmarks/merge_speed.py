@@ -3,7 +3,8 @@
 Builds TinyLlama-shaped bfloat16 checkpoints (a base and three experts of 1.1e9 parameters), merges
 them with both tools, each run a process of its own from start to end, and runs the I/O floor
 (merge_speed_floor.py) in between. Exit code 1 if a target is missed. A full run takes about half
-an hour, 40 GB of disk and, for a warm page cache, 16 GB of memory."""
+an hour, 40 GB of disk and, for a warm page cache, 16 GB of memory. A noisy disk is left out of the
+warm comparison by `--sections warm --work /dev/shm` (16 GB)."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from merge_speed_run import Run, cool, machine, middle, warm
 COLD = ("linear", "ties")
 COLD_PEER = ("linear",)
 GROWTH = ("linear", "ties")
+SECTIONS = ("warm", "cold", "growth")
 
 
 def starts(bench: Bench, results: Results, methods: list[str]) -> None:
@@ -71,6 +73,7 @@ def compare(bench: Bench, method: str, folder: Path) -> Row:
     warm(files)
     floors, laters, theirs = [], [], None
     for number in range(bench.repeats):
+        warm(files)
         floors.append(told("I/O floor", bench.floor(files, size, share=share)))
         if number == 0:
             first = told("mergelab, first", bench.ours(recipe, size, first=True))
@@ -111,18 +114,20 @@ def growth(bench: Bench, method: str, folder: Path, layers: int, count: int) -> 
     return Growth(method, count, size, run)
 
 
-def everything(bench: Bench, results: Results, methods: list[str], target: Path | None) -> None:
+def everything(
+    bench: Bench, results: Results, methods: list[str], sections: list[str], target: Path | None
+) -> None:
     """Run it all; the page is written after every step."""
     starts(bench, results, methods)
     small = bench.build("small", bench.small)
-    for method in methods:
+    for method in methods if "warm" in sections else ():
         results.warm.append(compare(bench, method, small))
         results.way = bench.way if bench.python else None
         save(results, target)
-    for method in [m for m in COLD if m in methods]:
+    for method in [m for m in COLD if m in methods and "cold" in sections]:
         results.cold.append(compare_cold(bench, method, small))
         save(results, target)
-    grown = [method for method in GROWTH if method in methods]
+    grown = [method for method in GROWTH if method in methods and "growth" in sections]
     warm(weights(models.links(small, 4)))
     for method in grown:
         for count in (2, 4, 8):
@@ -151,6 +156,7 @@ def parsed() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--out", type=Path, metavar="FILE", help=f"the page; of a full run, {RESULTS.name}")
     add("--methods", default=",".join(models.SHARED), help="some of " + ", ".join(models.SHARED))
+    add("--sections", default=",".join(SECTIONS), help="some of " + ", ".join(SECTIONS))
     add("--repeats", type=int, metavar="N", help="runs of mergelab and the floor (2; quick: 1)")
     add("--no-peer", action="store_true", help="without mergekit")
     add("--venv", type=Path, default=peer.default_folder(), help="the peer's environment")
@@ -158,9 +164,11 @@ def parsed() -> argparse.Namespace:
     add("--keep", action="store_true", help="do not delete the models at the end")
     arguments = parser.parse_args()
     arguments.methods = arguments.methods.split(",")
+    arguments.sections = arguments.sections.split(",")
     unknown = set(arguments.methods) - set(models.SHARED)
+    unknown |= set(arguments.sections) - set(SECTIONS)
     if unknown:
-        parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
     return arguments
 
 
@@ -171,7 +179,8 @@ def main() -> int:
     root = arguments.work.absolute() / "merge_speed"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    if shutil.disk_usage(root).free < (1e9 if quick else 40e9):
+    needed = 40e9 if "growth" in arguments.sections else 16e9
+    if shutil.disk_usage(root).free < (1e9 if quick else needed):
         raise SystemExit(f"{root}: too little space on this disk; choose another with --work.")
     python = None if arguments.no_peer else peer.environment(arguments.venv.absolute())
     sizes = (models.QUICK, models.QUICK_LARGE) if quick else (models.TINYLLAMA, models.LARGE)
@@ -179,7 +188,7 @@ def main() -> int:
     results = Results(machine(root, python), quick, WORKERS, bench.repeats)
     target = arguments.out or (None if quick else RESULTS)
     try:
-        everything(bench, results, arguments.methods, target)
+        everything(bench, results, arguments.methods, arguments.sections, target)
     finally:
         if not arguments.keep:
             shutil.rmtree(root)

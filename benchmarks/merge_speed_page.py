@@ -26,7 +26,7 @@ FASTER = {  # than mergekit, warm page cache
 FLOOR = {"linear": 2.0}  # times the I/O floor, start-up subtracted
 MEMORY = 200.0  # MB, anonymous
 SHARE = 0.05  # of the peer's memory
-BLOCK = 2**18 * 4  # bytes of a block in float32; one per model and worker
+BLOCK = 2**17 * 4  # bytes of a block in float32; one per model and worker
 LARGER = 1.1  # memory at a model 4 times as large, over that at the small one
 START = dict.fromkeys(FASTER, 1.5) | {"mergelab --help": 0.5}  # seconds
 
@@ -301,5 +301,5 @@ LEGEND = """
   what the host of a virtual machine keeps is out of reach.
 - **Growth**: mergelab alone, files hashed before; models beyond the fourth (beyond the second of
   the large ones) are links to the experts before them. A further model may cost one float32 block
-  of 2^18 elements per worker.
+  of 2^17 elements per worker.
 """

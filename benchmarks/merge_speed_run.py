@@ -51,7 +51,7 @@ def measured(
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=log.parent,
-            env={**os.environ, **environ},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **environ},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,

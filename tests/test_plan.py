@@ -373,3 +373,18 @@ def test_entries_that_are_not_finite_pass_only_if_the_recipe_allows_them(
     done = mergelab("merge", "r.yaml", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert read_model(place / "out")[NORM][0] == np.inf
+
+
+def test_a_survey_of_the_whole_model_has_one_density(place: Path) -> None:
+    density = "density: [{filter: mlp, value: 0.25}, {value: 1}]"
+    text = (
+        "merge_method: ties\nbase_model: base\nparameters: {scope: model}\n"
+        f"models: [{{model: a, parameters: {{weight: [0.5, 1], {density}}}}}]\n"
+    )
+    (place / "r.yaml").write_text(text)
+    recipe = load_recipe(place / "r.yaml")
+    folders = {name: place / name for name in recipe.models}
+    with pytest.raises(UserError, match="density of a must be one for all tensors"):
+        make_plan(recipe, folders, shard_size=SHARD_SIZE)
+    (place / "r.yaml").write_text(text.replace(density, "density: 0.25"))
+    make_plan(load_recipe(place / "r.yaml"), folders, shard_size=SHARD_SIZE)

@@ -15,6 +15,7 @@ from mergelab.structure import Recipe, Source
 from mergelab.vocabulary import Vocabulary
 from mergelab.writer import Planned
 
+PER_TENSOR = ("weight", "lambda", "t", "normalize", "int8_mask")  # no survey looks at these
 FEW = 3  # misfits of one kind that are told in full
 
 Found = list[tuple[Source, str, Tensor]]
@@ -51,7 +52,30 @@ class Planner:
                 self.problems.add(text)
             if len(texts) > FEW:
                 self.problems.add(f"... and {len(texts) - FEW} more tensors like that.")
-        return sorted((p for p in planned if p is not None), key=lambda p: p.name)
+        found = sorted((p for p in planned if p is not None), key=lambda p: p.name)
+        self.agree(p for p in found if p.settings.shared.get("scope") == "model")
+        return found
+
+    def agree(self, tensors: Iterable[Planned]) -> None:
+        """Note it if parameters of a survey over the whole model differ between its tensors."""
+        seen: dict[str, dict[str, str]] = {}
+        for tensor in tensors:
+            values = dict(tensor.settings.shared) | {
+                f"{name} of {model}": value
+                for model, each in zip(tensor.models, tensor.settings.experts, strict=True)
+                for name, value in each.items()
+                if name not in PER_TENSOR
+            }
+            for name, value in values.items():
+                if name not in PER_TENSOR:
+                    seen.setdefault(name, {}).setdefault(str(value), tensor.name)
+        for name, found in seen.items():
+            if len(found) > 1:
+                told = ", ".join(f"{value} for {tensor}" for value, tensor in found.items())
+                self.problems.add(
+                    f"{self.recipe.path}: with 'scope: model', {name} must be one for all tensors, "
+                    f"not {told}. Use 'scope: tensor', or one value."
+                )
 
     @property
     def notes(self) -> list[str]:
