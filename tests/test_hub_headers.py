@@ -355,7 +355,7 @@ def test_the_plan_of_a_hub_model_is_that_of_its_download(server):
 
 
 def test_a_plan_says_what_must_be_downloaded(server, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(show.out, "width", 200)
     commit = server.publish("acme/tiny", llama(Path("b"), 2))
     whole = sum(path.stat().st_size for path in Path("b").iterdir())
     plan = planned({"a": llama(Path("a"), 1), "b": sketched(f"acme/tiny@{commit}")})
@@ -370,7 +370,7 @@ def test_a_plan_says_what_must_be_downloaded(server, capsys, monkeypatch):
 
 def test_a_plan_of_local_models_says_room_and_time(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(show.out, "width", 200)
     plan = planned({"a": llama(Path("a"), 1), "b": llama(Path("b"), 2)})
     costs = estimate.costs(plan, Path("results/x/merged/s"), passes=2)
     assert costs["inputs"] == {"a": {}, "b": {}}
@@ -403,7 +403,7 @@ def test_a_probe_leaves_no_file_and_knows_when_it_cannot_measure(tmp_path):
 
 def test_gradients_over_many_layers_are_one_line_each(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(show.out, "width", 200)
     folders = {n: llama(Path(n), i, layers=33) for i, n in enumerate("ab")}
     text = shown(planned(folders), 2, capsys)
     lines = [line.rstrip() for line in text.splitlines()]
