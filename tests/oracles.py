@@ -404,13 +404,12 @@ def dare(
 
 
 def della_chances(delta: Array, density: float, epsilon: float) -> Array:
-    """Chance to be kept: density - epsilon for the smallest magnitude of a row (first axis) to
+    """Chance to be kept: density - epsilon for the smallest magnitude of a row (last axis) to
     density + epsilon for the largest, linear in rank; `density` in rows of one entry (float64)."""
     if density >= 1 or density <= 0:
         return np.full(delta.shape, float(density))
-    count = delta.shape[0] if delta.ndim > 1 else 1
-    rows = delta.reshape(count, delta.size // max(count, 1))
-    width = rows.shape[1]
+    width = delta.shape[-1] if delta.ndim else 1
+    rows = delta.reshape(-1, width) if delta.size else delta.reshape(0, max(width, 1))
     out = np.full(rows.shape, float(density))
     for row, values in zip(out, rows, strict=True):
         if width > 1:

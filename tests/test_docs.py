@@ -32,7 +32,7 @@ def test_the_readme_names_every_method_and_every_source_file() -> None:
     text = (ROOT / "README.md").read_text()
     assert all(method in text for method in METHODS)
     for path in (ROOT / "src/mergelab").glob("*.py"):
-        assert path.stem in text or path.stem == "__init__", path.name
+        assert path.name in text or path.stem == "__init__", path.name
 
 
 def test_nothing_of_the_peer_is_imported() -> None:

@@ -385,7 +385,15 @@ def test_a_plan_of_local_models_says_room_and_time(tmp_path, monkeypatch, capsys
 
 
 def test_too_little_room_is_said_aloud(capsys):
-    description = {"method": "m", "inputs": {}, "dtypes": [], "files": [], "groups": []}
+    description = {
+        "base": None,
+        "vocabulary": "",
+        "method": "m",
+        "inputs": {},
+        "dtypes": [],
+        "files": [],
+        "groups": [],
+    }
     description |= {"bytes_in": 1, "bytes_out": 5 * 10**9, "bytes_memory": 1, "tensors": 1}
     costs = {"inputs": {}, "download": 10**9, "passes": 1, "out": "o", "free": 2 * 10**9}
     show.plan({**description, "warnings": []}, {**costs, "seconds": None})
@@ -453,3 +461,32 @@ def test_texts_and_flags_tell_each_change():
 def test_many_turns_are_counted_not_listed():
     found = grouping.rows(groups(**{f"h__{i}__w": {"a": {"x": i % 2}} for i in range(20)}))
     assert found[0][1] == "a: x: 20 turns over layers 0-19 (all values: --json)"
+
+
+def test_plan_and_merge_of_hub_models_on_the_command_line(mergelab, tmp_path) -> None:
+    with LoopbackHub() as hub_server:
+        commit = hub_server.publish("acme/tiny", llama(tmp_path / "t", 1))
+        recipe = Path("r.yaml")
+        listed = f"- {{model: acme/tiny@{commit}, parameters: {{weight: 1}}}}\n"
+        env = {"HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "home")}
+
+        def weights() -> int:
+            return len([p for p in tmp_path.rglob("acme--tiny*/model.safetensors") if sound(p)])
+
+        recipe.write_text("merge_method: linear\nmodels:\n" + listed + listed.replace("tiny", "x"))
+        assert mergelab("merge", recipe, "-o", "out", **env).returncode == 2
+        other = llama(tmp_path / "other", 2, layers=3)
+        local = f"- {{model: {other}, parameters: {{weight: 1}}}}\n"
+        recipe.write_text("merge_method: linear\nmodels:\n" + listed + local)
+        done = mergelab("merge", recipe, "-o", "out", **env)
+        assert (done.returncode, weights()) == (2, 0), "weights were fetched for a bad recipe"
+        recipe.write_text("merge_method: linear\nmodels:\n" + listed)
+        assert json.loads(mergelab("plan", recipe, "--json", **env).stdout)["costs"]["download"] > 0
+        assert weights() == 0
+        assert mergelab("merge", recipe, "-o", "out", **env).returncode == 0
+        assert weights() == 1
+
+
+def sound(path: Path) -> bool:
+    """Is this the model itself, not its headers alone?"""
+    return ".headers" not in path.parts

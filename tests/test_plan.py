@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,75 @@ def test_a_survey_of_the_whole_model_has_one_density(place: Path) -> None:
         make_plan(recipe, folders, shard_size=SHARD_SIZE)
     (place / "r.yaml").write_text(text.replace(density, "density: 0.25"))
     make_plan(load_recipe(place / "r.yaml"), folders, shard_size=SHARD_SIZE)
+
+
+def test_a_survey_of_the_whole_model_has_one_list_of_models(place: Path) -> None:
+    def slice(models: str, layer: int) -> str:
+        listed = ", ".join(
+            f"{{model: {m}, layer_range: [{layer}, {layer + 1}], parameters: {{weight: 1}}}}"
+            for m in models.split()
+        )
+        return f"- sources: [{listed}]\n"
+
+    head = "merge_method: ties\nbase_model: base\nparameters: {scope: model, density: 0.5}\n"
+    for first, second in (("base a b", "base a"), ("base a b", "base b a")):
+        text = head + "slices:\n" + slice(first, 0) + slice(second, 1)
+        (place / "r.yaml").write_text(text)
+        recipe = load_recipe(place / "r.yaml")
+        folders = {name: place / name for name in recipe.models}
+        with pytest.raises(UserError, match="the list of models must be one for all tensors"):
+            make_plan(recipe, folders, shard_size=SHARD_SIZE)
+
+
+def stacked(place: Path, first: str, second: str) -> Plan:
+    """A plan of layer 0 of one model, then layer 0 of another."""
+    text = "merge_method: passthrough\nslices:\n"
+    for name in (first, second):
+        text += f"- sources: [{{model: {name}, layer_range: [0, 1]}}]\n"
+    (place / "r.yaml").write_text(text)
+    recipe = load_recipe(place / "r.yaml")
+    folders = {name: place / name for name in recipe.models}
+    return make_plan(recipe, folders, shard_size=SHARD_SIZE)
+
+
+def test_the_head_of_gpt_neox_is_of_the_last_slice(place: Path) -> None:
+    for seed, name in enumerate("xy"):
+        rng = np.random.default_rng(seed)
+        names = ("gpt_neox.embed_in.weight", "gpt_neox.layers.0.mlp.weight", "embed_out.weight")
+        tensors = {n: rng.standard_normal((4, 4)) for n in names}
+        write_model(place / name, tensors, layers=1)
+    planned = {t.name: t for t in stacked(place, "x", "y").tensors}
+    assert planned["gpt_neox.embed_in.weight"].models == ("x",)
+    assert planned["embed_out.weight"].models == ("y",)
+
+
+def test_models_that_name_their_layers_otherwise_are_not_stacked(place: Path) -> None:
+    for name, prefix in (("x", "model.layers"), ("y", "transformer.h")):
+        write_model(place / name, {f"{prefix}.0.mlp.weight": np.ones((2, 2))}, layers=1)
+    with pytest.raises(UserError, match=r"names its layers transformer.h, not model.layers"):
+        stacked(place, "x", "y")
+
+
+def test_slices_of_a_model_with_several_stacks_need_modules(place: Path) -> None:
+    tensors = {f"vision.blocks.{i}.w": np.ones((2, 2)) for i in range(3)}
+    tensors |= {f"model.layers.{i}.w": np.ones((2, 2)) for i in range(2)}
+    write_model(place / "x", tensors, layers=7)
+    with pytest.raises(UserError, match=r"several stacks of layers \(model.layers, vision.blocks"):
+        stacked(place, "x", "x")
+    config = {"text_config": {"num_hidden_layers": 2}}
+    (place / "x/config.json").write_text(json.dumps(config))
+    names = {t.name for t in stacked(place, "x", "x").tensors}
+    assert "model.layers.1.w" in names
+
+
+def test_mergekits_long_names_of_models_and_dtypes_are_read(place: Path) -> None:
+    text = (
+        "merge_method: linear\ndtype: torch.bfloat16\n"
+        "base_model: {model: {path: org/base, revision: v1}}\n"
+        "models:\n- {model: {model: {path: a}, lora: {path: x}}, parameters: {weight: 1}}\n"
+        "- {model: {path: b}, parameters: {weight: 1}}\n"
+    )
+    (place / "r.yaml").write_text(text)
+    recipe = load_recipe(place / "r.yaml")
+    assert recipe.models == ("a+x", "b", "org/base@v1")
+    assert recipe.dtype[0].value == "bfloat16"

@@ -108,7 +108,10 @@ def test_unpinned_hub_model_is_refused_with_the_advice_to_lock(mergelab: Run, mo
     (models / "r.yaml").write_text(TIES.replace("model: a", "model: org/name@main"))
     done = mergelab("merge", "r.yaml", "-o", "out")
     assert done.returncode == 2
-    assert "org/name@main is not pinned. Write org/name@<40-hex commit>" in done.stderr
+    assert (
+        "org/name@main: there is no such folder here, and as a hub model it is not" in done.stderr
+    )
+    assert "pinned. Write org/name@<40-hex commit>" in done.stderr
     (models / "study.yaml").write_text("title: t\n")
     done = mergelab("merge", "r.yaml", "-o", "out")
     assert done.returncode == 2

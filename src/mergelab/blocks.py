@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +30,9 @@ EXPONENTS: dict[str, Any] = {  # per type of block: words that hold its bits, an
 }
 
 
+MOST_OPEN = min(200, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # others: per read
+
+
 class Files:
     """Open input files; reading at an offset needs no lock."""
 
@@ -39,14 +43,22 @@ class Files:
     def read(self, path: Path, offset: int, out: Array) -> None:
         """Fill `out` (contiguous) with the bytes at an offset."""
         with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY)
-        view = out.view("u1").data
-        while view:
-            count = os.preadv(self._open[path], [view], offset)
-            if count == 0:
-                raise UserError(f"{path}: became shorter while it was read. Run it again.")
-            view, offset = view[count:], offset + count
+            handle = self._open.get(path)
+            passing = handle is None and len(self._open) >= MOST_OPEN
+            if handle is None:
+                handle = os.open(path, os.O_RDONLY)
+                if not passing:
+                    self._open[path] = handle
+        try:
+            view = out.view("u1").data
+            while view:
+                count = os.preadv(handle, [view], offset)
+                if count == 0:
+                    raise UserError(f"{path}: became shorter while it was read. Run it again.")
+                view, offset = view[count:], offset + count
+        finally:
+            if passing:
+                os.close(handle)
 
     def close(self) -> None:
         """Close all files."""
@@ -141,7 +153,7 @@ class TensorMerge:
         """The sums of one survey round over this tensor; nothing if the round is not needed."""
         round = self.method.rounds[number]
         settings = self.tensor.settings
-        if round.model_only and not self.whole_model:
+        if round.unless in stats or (round.model_only and not self.whole_model):
             return {}
         sums = round.begin(settings, self.row)
         if sums:
@@ -155,7 +167,8 @@ class TensorMerge:
         for number, round in enumerate(self.method.rounds):
             if sums := self.survey_round(number, stats):
                 try:
-                    stats |= round.conclude(sums, self.tensor.settings, stats)
+                    with np.errstate(all="ignore"):
+                        stats |= round.conclude(sums, self.tensor.settings, stats)
                 except ValueError as error:
                     raise UserError(f"tensor {self.tensor.name}: {error}") from None
         return stats

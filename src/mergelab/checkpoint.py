@@ -214,17 +214,35 @@ class Checkpoint:
         return tuple(sorted(name for name in names if TOKENIZER.match(name)))
 
     @cached_property
-    def stack(self) -> str | None:
-        """Name prefix of the decoder's layers, such as 'model.layers'; None without layers."""
-        counts: dict[str, set[int]] = {}
+    def stacks(self) -> dict[str, int]:
+        """Name prefix of every list of layers, such as 'model.layers', and their number."""
+        found: dict[str, set[int]] = {}
         for name in self.tensors:
             prefix, index, _ = split_layer(name)
             if index is not None:
-                counts.setdefault(prefix, set()).add(index)
-        wanted = self.config.get("num_hidden_layers", self.config.get("n_layer"))
-        matching = [p for p in sorted(counts) if len(counts[p]) == wanted]
-        largest = sorted(counts, key=lambda prefix: -len(counts[prefix]))
-        return next(iter([*matching, *largest]), None)
+                found.setdefault(prefix, set()).add(index)
+        return {prefix: len(found[prefix]) for prefix in sorted(found)}
+
+    @cached_property
+    def _counted(self) -> list[str]:
+        """The stacks with as many layers as the config says that the (text) decoder has."""
+        text = self.config.get("text_config")
+        for facts in (self.config, text if isinstance(text, dict) else {}):
+            wanted = facts.get("num_hidden_layers", facts.get("n_layer"))
+            if wanted is not None:
+                return [prefix for prefix, count in self.stacks.items() if count == wanted]
+        return []
+
+    @property
+    def knows_its_stack(self) -> bool:
+        """Does the config tell exactly one stack from the others?"""
+        return len(self._counted) == 1
+
+    @cached_property
+    def stack(self) -> str | None:
+        """Name prefix of the decoder's layers, such as 'model.layers'; None without layers."""
+        largest = sorted(self.stacks, key=lambda prefix: -self.stacks[prefix])
+        return next(iter([*self._counted, *largest]), None)
 
     @cached_property
     def layers(self) -> int:

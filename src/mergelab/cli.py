@@ -116,17 +116,19 @@ def merge(
     Everything that can be wrong is reported before any weight is written. An interrupted merge
     leaves nothing at DIR; the same command goes on where it was. Parts may run in any order, at
     the same time, and on several machines that share a disk."""
-    from mergelab import engine
+    from mergelab import engine, hub_headers
 
     parts = _part(part)
-    planned = _plan(recipe, results, shard_size)
+    planned = _plan(recipe, results, shard_size, weights=False)  # all mistakes, before a download
+    if any(hub_headers.is_sketch(c.folder) for c in planned.checkpoints.values()):
+        planned = _plan(recipe, results, shard_size)
     for warning in planned.warnings:
         say(f"note: {warning}")
     _forget(out.parent.parent, "merge", out.name)
     try:
         outcome = engine.merge(planned, out, workers=workers, seed=seed, part=parts)
     except KeyboardInterrupt:
-        say(f"interrupted: there is nothing at {out} yet; the same command goes on from here.")
+        say(f"interrupted: {out} is as it was; the same command goes on from here.")
         raise
     if outcome:
         _record(record, outcome)
@@ -145,7 +147,8 @@ def plan(
 ) -> None:
     """Show what a merge would read, write and need, and which tensors get which parameters.
 
-    Of hub models that are not here, only config, tokenizer and headers are fetched."""
+    Of hub models that are not here, only config, tokenizer and headers are fetched (adapters are
+    small, and fetched whole)."""
     from mergelab import estimate, show
     from mergelab.plan import describe
 

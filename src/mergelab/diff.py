@@ -267,7 +267,9 @@ def show(result: dict[str, Any]) -> None:
     if not totals["different"]:
         return
     different = sorted((e for e in result["tensors"] if not e["equal"]), key=_badness)
-    rows = Table(Column("tensor, worst first", overflow="fold"), box=None, pad_edge=False)
+    rows = Table(
+        Column("tensor, worst first", overflow="fold", min_width=24), box=None, pad_edge=False
+    )
     for title in ("dtype", "differ", "max ulp", "max difference", "cosine"):
         rows.add_column(title, no_wrap=True)
     for entry in different[:ROWS]:

@@ -6,24 +6,32 @@ tensors are noted in a journal, so that a killed merge, or the parts of a divide
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from mergelab import hashes
 from mergelab.blocks import Buffers, Files, TensorMerge
 from mergelab.chat import chosen_template, with_template
 from mergelab.checkpoint import INDEX, Checkpoint, Tensor, read_header
 from mergelab.errors import UserError
-from mergelab.folders import alone, move_into_place, partial_folder, sync
+from mergelab.folders import (
+    alone,
+    move_into_place,
+    partial_folder,
+    partial_folders,
+    replaced_folder,
+    sync,
+)
 from mergelab.hub_headers import check_whole
 from mergelab.journal import PATTERN, Journal, pieces
 from mergelab.methods.base import Stats, Sums
@@ -113,11 +121,14 @@ class _Job:
     def run(self) -> dict[str, Any]:
         """Write this part's tensors; finish the model if they were the last."""
         with self.alone():
+            shutil.rmtree(replaced_folder(self.out), ignore_errors=True)
             record = _finished(self.out, self.identity)
             if record:
                 say(f"{self.out}: is up to date")
                 return record
             folder = self.prepare()
+            if record := _finished(folder, self.identity):  # killed before it was put in place
+                return self.put(folder, record)
         try:
             with disk_full(self.out):
                 journal = Journal(folder, "{}-of-{}".format(*self.part))
@@ -128,7 +139,7 @@ class _Job:
         except BaseException as error:
             if isinstance(error, FileNotFoundError) and not folder.is_dir():
                 return self.done_elsewhere()
-            if self.part == WHOLE and not isinstance(error, KeyboardInterrupt):
+            if self.part == WHOLE and isinstance(error, UserError) and _one_journal(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -192,9 +203,10 @@ class _Job:
                     )
                 journal.add(tensor.name, found)
 
+            done = stack.enter_context(closing(_in_order(pool, work, mine)))
             if self.part == WHOLE:
-                return _hash_files(self.plan, folder, _in_order(pool, work, mine))
-            for _ in _in_order(pool, work, mine):
+                return _hash_files(self.plan, folder, done)
+            for _ in done:
                 pass
         for file in {tensor.file for tensor in mine}:
             sync(folder / file)
@@ -203,7 +215,7 @@ class _Job:
     def finish(self, folder: Path, journal: Journal, hashed: dict[str, str]) -> dict[str, Any]:
         """Put the model in place if all parts are there; its record is written last."""
         if not folder.is_dir():  # another part was faster
-            return _finished(self.out, self.identity) or {}
+            return self.done_elsewhere()
         journal.load()
         missing = [t for t in self.plan.tensors if t.name not in journal.done | journal.noted]
         if missing:
@@ -224,6 +236,10 @@ class _Job:
             write_bytes(folder / name, data)
         record = self.record(folder, journal, hashed)
         write_json(folder / RECORD, record)
+        return self.put(folder, record)
+
+    def put(self, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+        """Put the whole model in place."""
         for path in folder.glob(PATTERN):
             path.unlink()
         replaced = check_replaceable(self.out)
@@ -372,17 +388,26 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _held(out: Path) -> int:
     """Bytes of disk that interrupted merges into `out` hold; they are gone on with, or deleted."""
-    return sum(map(_allocated, out.parent.glob(f".{glob.escape(out.name)}.*.partial")))
+    return sum(map(_allocated, partial_folders(out)))
 
 
 def _allocated(folder: Path) -> int:
-    """Bytes of disk that the files of a folder have already."""
-    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    """Bytes of disk that the files of a folder have already; those that vanish do not count."""
+    total = 0
+    with suppress(OSError):
+        for path in folder.iterdir():
+            total += path.stat().st_blocks * 512
+    return total
+
+
+def _one_journal(folder: Path) -> bool:
+    """Has nobody but this process noted tensors in the folder?"""
+    return len(list(folder.glob(PATTERN))) <= 1
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T], ahead: int = 64
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Results of `function` in the order of `items`; few wait, and an error stops the rest."""
     running: list[Future[R]] = []
     try:
@@ -423,7 +448,8 @@ def _survey_model(
                 before.append(total or {name: value * 0 for name, value in part.items()})
             total = {name: total[name] + value if total else value for name, value in part.items()}
         if total:
-            stats = {**stats, **round.conclude(total, tasks[0].tensor.settings, stats)}
+            with np.errstate(all="ignore"):
+                stats = {**stats, **round.conclude(total, tasks[0].tensor.settings, stats)}
     return {t.tensor.name: (stats, state) for t, state in zip(tasks, before, strict=True)}
 
 

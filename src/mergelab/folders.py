@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,12 @@ from pathlib import Path
 
 def cache_folder(name: str) -> Path:
     """$XDG_CACHE_HOME/mergelab/NAME, or ~/.cache/mergelab/NAME."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "mergelab" / name
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = Path(home) if home else Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user without a name
+        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return cache / "mergelab" / name
 
 
 @contextmanager
@@ -44,15 +49,25 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
         return False
 
 
+def partial_folders(out: Path) -> list[Path]:
+    """What interrupted processes left of `out`."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.[^.]+\.partial\Z")
+    return [p for p in out.parent.glob(".*.partial") if pattern.match(p.name) and p.is_dir()]
+
+
+def replaced_folder(out: Path) -> Path:
+    """Where the old `out` is for the moment in which a new one takes its place."""
+    return out.with_name(f".{out.name}.replaced")
+
+
 def partial_folder(out: Path, key: str) -> Path:
     """A hidden folder beside `out` to build it in; leftovers with another key are removed.
 
     A leftover with the same key is kept: an interrupted download goes on from there.
     `key` holds no dot, so that the leftovers of "m" are told from those of "m.v2"."""
     partial = out.with_name(f".{out.name}.{key}.partial")
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.[^.]+\.partial\Z")
-    for left in out.parent.glob(".*.partial"):
-        if pattern.match(left.name) and left != partial:
+    for left in partial_folders(out):
+        if left != partial:
             shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
     return partial
@@ -77,7 +92,7 @@ def building(out: Path, key: str) -> Iterator[Path]:
 def move_into_place(partial: Path, out: Path) -> None:
     """Rename the finished folder to `out`, in place of what was there."""
     sync(partial)
-    old = out.with_name(f".{out.name}.replaced")
+    old = replaced_folder(out)
     if old.is_symlink():
         old.unlink()
     shutil.rmtree(old, ignore_errors=True)

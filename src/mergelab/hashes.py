@@ -38,8 +38,9 @@ def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
             if advance:
                 advance(before[2])
             return str(held["sha256"])
+    started = time.time_ns()
     found = file_sha256(path, advance)
-    settled = time.time_ns() - max(before[3], before[4]) > RECENT
+    settled = started - max(before[3], before[4]) > RECENT
     if settled and identity(path) == before:
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             _keep(place, json.dumps({"identity": before, "sha256": found}))

@@ -102,7 +102,8 @@ def resolve(hub_id: str, lock_path: Path) -> Pinned:
     study = lock_path.parent
     if not (study / "study.yaml").is_file():
         raise UserError(
-            f"model {hub_id} is not pinned. Write {repo}@<40-hex commit>: the commit stands on the "
+            f"model {hub_id}: there is no such folder here, and as a hub model it is not pinned. "
+            f"Write {repo}@<40-hex commit>: the commit stands on the "
             "model's page, under Files, History.   (mergelab lock pins the models of a study.)"
         )
     raise UserError(

@@ -51,9 +51,14 @@ def origin(folder: Path) -> dict[str, Any]:
     return _note(folder / MARK) or _note(folder / SOURCE)
 
 
+def is_sketch(folder: Path) -> bool:
+    """Does the folder hold headers only?"""
+    return (folder / MARK).exists()
+
+
 def check_whole(folder: Path) -> None:
     """Raise UserError if the folder is a sketch: its weights are all zeros."""
-    if (folder / MARK).exists():
+    if is_sketch(folder):
         raise UserError(
             f"{folder}: holds headers without weights; mergelab plan made it. "
             "Name the model by its hub id."

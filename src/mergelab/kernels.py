@@ -51,7 +51,9 @@ class Kernel(Generic[P, R]):
             for name in self.function.__code__.co_names:
                 if isinstance(names.get(name), Kernel):
                     names[name] = names[name].compile()
-            self.compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(self.function)
+            done = numba.njit(nogil=True, cache=True, error_model="numpy")(self.function)
+            done._cache = _Cache(done._cache)
+            self.compiled = done
         return self.compiled
 
 
@@ -60,13 +62,35 @@ def kernel(function: Callable[P, R]) -> Kernel[P, R]:
     return Kernel(function)
 
 
+class _Cache:
+    """numba's cache of one kernel: what cannot be read or written is compiled, and no error."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        try:
+            return self._cache.load_overload(signature, target)
+        except Exception:  # a power cut, a full disk or another program damaged it
+            with suppress(Exception):
+                self._cache.flush()
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        with suppress(Exception):
+            self._cache.save_overload(signature, data)
+
+
 @functools.cache
 def _numba() -> Any:
     """numba, with its cache in a folder that changes with the source of any kernel."""
-    if "NUMBA_CACHE_DIR" not in os.environ:
-        os.environ["NUMBA_CACHE_DIR"] = str(_place())
     import numba
 
+    numba.config.CACHE_DIR = str(_place())
+    numba.config.DISABLE_JIT = 0
     _teach(numba)
     return numba
 
@@ -77,7 +101,9 @@ def _place() -> Path:
     here = Path(__file__)
     for source in [here, *sorted((here.parent / "methods").glob("*.py"))]:
         digest.update(source.read_bytes())
-    place = cache_folder(f"kernels-{digest.hexdigest()[:12]}")
+    name = f"kernels-{digest.hexdigest()[:12]}"
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    place = Path(chosen) / name if chosen else cache_folder(name)
     with suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)
     if not os.access(place, os.W_OK):

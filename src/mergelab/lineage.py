@@ -18,6 +18,8 @@ from mergelab.yamlfile import as_number, parse
 
 ORIGINS = {"train": "trained here", "hub": "hub", "path": "local folder", "gguf": "GGUF file"}
 
+AVERAGES = ("karcher", "nuslerp", "multislerp")  # always divide by the sum of the weights
+
 
 @dataclass(frozen=True)
 class Node:
@@ -96,7 +98,10 @@ def merge_edges(child: str, recipe: Mapping[str, Any], study: Study) -> list[Edg
     base = _variant(recipe["base_model"], study) if recipe.get("base_model") else None
     modules = (recipe.get("modules") or {"": recipe}).values()
     parts = [
-        part
+        {
+            **part,
+            "parameters": {**(module.get("parameters") or {}), **(part.get("parameters") or {})},
+        }
         for module in modules
         for part in module.get("slices") or [{"sources": module.get("models") or []}]
     ]
@@ -139,7 +144,10 @@ def _shares(
     weights = [mean(values, "weight") for values in own]
     scale = mean(common, "lambda")[0]
     total = sum(abs(weight) for weight, _ in weights)
-    if common.get("normalize", default("normalize")) and total > 0:
+    normalized = common.get("normalize", default("normalize"))
+    if method and method.name in AVERAGES:
+        normalized = common.get("normalize_weights", True)
+    if normalized and total > 0:
         scale /= total
     shares = []
     for (name, _), values, (weight, exact) in zip(sources, own, weights, strict=True):

@@ -5,7 +5,7 @@ Made from headers and configs alone, before any arithmetic; every mistake is fou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,21 +51,27 @@ class Plan:
     @property
     def passes(self) -> int:
         """How often the inputs are read: to be hashed, for each survey round, to be merged."""
-        merged = [t for t in self.tensors if not t.copied]
-        settings = merged[0].settings if merged else None
-        rounds = [
-            round
-            for round in self.recipe.method.rounds
-            if settings
-            and round.begin(settings, 1)
-            and (not round.model_only or settings.shared.get("scope") == "model")
+        rounds = self.recipe.method.rounds
+        merged = {repr(t.settings): t.settings for t in self.tensors if not t.copied}
+        asked = [
+            sum(
+                bool(round.begin(settings, 1))
+                and not round.unless  # hardly ever needed
+                and (not round.model_only or settings.shared.get("scope") == "model")
+                for round in rounds
+            )
+            for settings in merged.values()
         ]
-        return 2 + len(rounds)
+        return 2 + max(asked, default=0)
 
     @property
     def bytes_memory(self) -> int:
-        """Upper estimate of the anonymous memory of one worker's blocks, in bytes."""
-        return 4 * BLOCK * 6 * (len(self.checkpoints) + 1)
+        """Upper estimate of the anonymous memory of one worker's blocks, in bytes.
+
+        A method that works on rows holds one row of each model at a time, however long."""
+        row = self.recipe.method.row
+        longest = max((row(t.settings, t.shape) for t in self.tensors if not t.copied), default=1)
+        return (4 * BLOCK * 6 + 24 * longest * (longest > 1)) * (len(self.checkpoints) + 1)
 
     @property
     def index(self) -> dict[str, Any] | None:
@@ -92,6 +98,7 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
     planner = Planner(recipe, modules, problems, vocabulary)
     tensors = planner.tensors()
     warnings = [
+        *_twins(folders, recipe),
         *warnings_about(checkpoints, donor, problems, tokens=vocabulary is None),
         *planner.notes,
         *(vocabulary.warnings if vocabulary else ()),
@@ -101,6 +108,15 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
     config = merged_config(modules, donor, shards)
     config = vocabulary.config(config) if vocabulary else config
     return Plan(recipe, checkpoints, donor, shards, headers, config, tuple(warnings), vocabulary)
+
+
+def _twins(folders: Mapping[str, Path], recipe: Recipe) -> Iterator[str]:
+    """Names of the recipe that stand for one folder."""
+    seen: dict[Path, str] = {}
+    for name in (name for name in recipe.models if name in folders):
+        other = seen.setdefault(folders[name].resolve(), name)
+        if other != name:
+            yield f"{other} and {name} are the same model, which takes part twice"
 
 
 def _open_all(
@@ -132,10 +148,18 @@ def describe(plan: Plan) -> dict[str, Any]:
         group["tensors"].append(tensor.name)
     return {
         "method": f"{plan.recipe.method.name} v{plan.recipe.method.version}",
+        "base": plan.recipe.base,
         "inputs": {
-            name: {"folder": str(c.folder), "tensors": len(c.tensors), "layers": c.layers}
+            name: {
+                "folder": ", ".join(
+                    str(place) for place in dict.fromkeys([c.place, *(p.parent for p in c.extra)])
+                ),
+                "tensors": len(c.tensors),
+                "layers": c.layers,
+            }
             for name, c in plan.checkpoints.items()
         },
+        "vocabulary": _vocabulary(plan),
         "dtypes": sorted({NAMES.get(t.dtype, t.dtype) for t in plan.tensors}),
         "tensors": len(plan.tensors),
         "files": [*plan.headers, *([INDEX] if plan.index else [])],
@@ -145,3 +169,14 @@ def describe(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "groups": list(groups.values()),
     }
+
+
+def _vocabulary(plan: Plan) -> str:
+    """What becomes of the vocabulary, in words; nothing if it stays as it is."""
+    vocabulary = plan.vocabulary
+    if vocabulary is None or not vocabulary.changed:
+        return ""
+    models = ", ".join(f"{name} {rows:,}" for name, rows in vocabulary.rows.items())
+    padding = vocabulary.size - len(vocabulary.tokens)
+    padded = f", {padding:,} rows of padding" if padding else ""
+    return f"{vocabulary.size:,} rows: {len(vocabulary.tokens):,} tokens{padded} (rows of {models})"

@@ -60,7 +60,8 @@ class Planner:
         """Note it if parameters of a survey over the whole model differ between its tensors."""
         seen: dict[str, dict[str, str]] = {}
         for tensor in tensors:
-            values = dict(tensor.settings.shared) | {
+            values = {"the list of models": ", ".join(tensor.models)}
+            values |= dict(tensor.settings.shared) | {
                 f"{name} of {model}": value
                 for model, each in zip(tensor.models, tensor.settings.experts, strict=True)
                 for name, value in each.items()
@@ -193,12 +194,12 @@ class Planner:
         for parameter in self.method.parameters:
             if not parameter.per_model:
                 shared[parameter.name] = resolve(parameter, common, want.name, want.at)
-                self.given(parameter, shared[parameter.name], want)
+                self.given(parameter, shared[parameter.name], want, None)
                 continue
             for values, (source, name, _) in zip(each, experts, strict=True):
                 levels = (source.parameters, *common)
                 values[parameter.name] = resolve(parameter, levels, name, want.at)
-                self.given(parameter, values[parameter.name], want)
+                self.given(parameter, values[parameter.name], want, source)
         settings = Settings(shared, tuple(each))
         wrong = self.method.check(settings)
         if wrong:
@@ -206,16 +207,18 @@ class Planner:
             self.misfits.setdefault(wrong, []).append(f"{where}: tensor {want.name}: {wrong}")
         return settings
 
-    def given(self, parameter: Parameter, value: Any, want: Wanted) -> None:
-        where, name = f"{self.recipe.path}:{want.slice.line}", want.name
+    def given(self, parameter: Parameter, value: Any, want: Wanted, of: Source | None) -> None:
+        """Note it if a parameter, of one model or of all, has no value or not the right one."""
+        where = f"{self.recipe.path}:{of.line if of else want.slice.line}"
+        name = f"'{parameter.name}'" + (f" of {of.model}" if of else "")
         if parameter.required and value is None:
-            self.problems.add(
-                f"{where}: no value of '{parameter.name}' applies to tensor {name}: none of its "
+            self.misfits.setdefault(f"no {name}", []).append(
+                f"{where}: no value of {name} applies to tensor {want.name}: none of its "
                 "filters matches. Add an entry without a filter."
             )
         if parameter.kind == "integer" and isinstance(value, float):
-            self.problems.add(
-                f"{where}: the gradient of '{parameter.name}' gives {value:g} for tensor {name}, "
+            self.misfits.setdefault(f"no integer {name}", []).append(
+                f"{where}: the gradient of {name} gives {value:g} for tensor {want.name}, "
                 "which is no integer. Write filters instead of a gradient."
             )
 

@@ -40,7 +40,7 @@ def bar(what: str, total: float) -> Iterator[Bar]:
 def size(count: float) -> str:
     """Bytes for people: '1.23 GB'."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -16,7 +16,7 @@ from mergelab.methods.base import Method
 from mergelab.parameters import ParameterReader, Setting
 from mergelab.structure import Module, Recipe, Slice, Source
 from mergelab.tokenizer import read_tokenizer
-from mergelab.yamlfile import Map, parse, read
+from mergelab.yamlfile import REQUIRED, Map, parse, read
 
 TOP_KEYS = (
     "merge_method",
@@ -52,7 +52,7 @@ class _RecipeReader(ParameterReader):
     def recipe(self, top: Map, text: str) -> Recipe | None:
         self.keys(top, TOP_KEYS, "a recipe")
         self.method = self.find_method(top)
-        self.base = self.text(top, "base_model", None)
+        self.base = self.model(top, "base_model", None)
         modules = self.modules(top)
         parameters = self.parameters(self.map(top, "parameters", None))
         dtype, out_dtype = self.dtype(top, "dtype"), self.dtype(top, "out_dtype")
@@ -92,6 +92,7 @@ class _RecipeReader(ParameterReader):
         """One dtype, or a list of {filter, value} over the names of the output's tensors."""
 
         def known(value: Any, line: int) -> str:
+            value = value.removeprefix("torch.") if isinstance(value, str) else value
             if not isinstance(value, str) or value not in DTYPES:
                 hint = nearest(str(value), DTYPES) or f" Choose one of {', '.join(DTYPES)}."
                 self.wrong(line, f"{key} {_quoted(value)} is not supported.{hint}")
@@ -147,7 +148,7 @@ class _RecipeReader(ParameterReader):
                 self.wrong(
                     entry.line, "all sources of a slice must span the same number of layers."
                 )
-            base = self.text(entry, "base_model", None) or self.base
+            base = self.model(entry, "base_model", None) or self.base
             own = self.parameters(self.map(entry, "parameters", None))
             yield Slice(sources, self.used(base), own, entry.line)
 
@@ -160,7 +161,21 @@ class _RecipeReader(ParameterReader):
         self.keys(map, known, "a source" if ranged else "a model")
         layers = self.layer_range(map) if ranged else None
         parameters = self.parameters(self.map(map, "parameters", None), of_model=True)
-        return Source(str(self.text(map, "model")), layers, parameters, map.line)
+        return Source(str(self.model(map, "model", REQUIRED)), layers, parameters, map.line)
+
+    def model(self, map: Map, key: str, default: Any) -> str | None:
+        """A model's name, or mergekit's long form of it: {model: {path, revision}, lora: ...}."""
+        if not isinstance(map.get(key), Map):
+            name: str | None = self.text(map, key, default)
+            return name
+        long = self.map(map, key)
+        inner = long if "path" in long else self.map(long, "model")
+        self.keys(long, ("path", "revision") if "path" in long else ("model", "lora"), "a model")
+        self.keys(inner, ("path", "revision"), "a model")
+        path, revision = self.text(inner, "path"), self.text(inner, "revision", None)
+        name = f"{path}@{revision}" if revision else path
+        lora = self.model(long, "lora", None) if "lora" in long else None
+        return f"{name}+{lora}" if lora else name
 
     def layer_range(self, map: Map) -> tuple[int, int] | None:
         pair = self.seq(map, "layer_range")
@@ -210,7 +225,8 @@ class _Check:
 
     def parameters(self, module: Module, slice: Slice) -> None:
         """Is every required parameter given wherever it is needed?"""
-        common = slice.parameters.keys() | module.parameters.keys() | self.recipe.parameters.keys()
+        levels = (slice.parameters, module.parameters, self.recipe.parameters)
+        common = {name for level in levels for name, values in level.items() if values}
         for parameter in self.method.parameters:
             name = parameter.name
             if not parameter.required or name in common:
@@ -219,7 +235,7 @@ class _Check:
                 self.wrong(slice.line, f"{self.method.name} needs '{name}'.")
                 continue
             for source in slice.experts:
-                if name not in source.parameters:
+                if not source.parameters.get(name):
                     self.wrong(
                         source.line, f"{self.method.name} needs '{name}' for {source.model}."
                     )

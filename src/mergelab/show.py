@@ -23,7 +23,8 @@ def plan(description: dict[str, Any], costs: dict[str, Any] | None = None) -> No
     inputs = Table("model", "where", "tensors", "layers", box=None, pad_edge=False)
     for name, facts in description["inputs"].items():
         where = _where(sources.get(name), facts["folder"])
-        inputs.add_row(*map(Text, (name, where, str(facts["tensors"]), str(facts["layers"]))))
+        named = f"{name} (base)" if name == description["base"] else name
+        inputs.add_row(*map(Text, (named, where, str(facts["tensors"]), str(facts["layers"]))))
     out.print(inputs)
     kinds, files = ", ".join(description["dtypes"]), len(description["files"])
     passes = f", {costs['passes']} times" if costs and costs["passes"] > 1 else ""
@@ -35,6 +36,8 @@ def plan(description: dict[str, Any], costs: dict[str, Any] | None = None) -> No
     )
     for line in _costs(costs, description["bytes_out"]) if costs else ():
         out.print(Text(line))
+    if description["vocabulary"]:
+        out.print(Text(f"tokens {description['vocabulary']}"))
     for warning in description["warnings"]:
         out.print(Text(f"note: {warning}"))
     columns = (Column(title, overflow="fold") for title in ("tensors", "parameters"))
@@ -104,12 +107,20 @@ def _method(method: Method) -> None:
         "none": f"{count} per slice",
     }
     out.print(f"Models: {models[method.base]}.\n")
+    if not method.parameters:
+        out.print("It has no parameters.")
+        _notes(method)
+        return
     rows = Table("parameter", "where", "default", "meaning", box=None, pad_edge=False)
     for parameter in method.parameters:
         where = "per model" if parameter.per_model else "whole merge"
         rows.add_row(parameter.name, where, _default(parameter), Text(_meaning(parameter)))
     out.print(rows)
     out.print("\nNumbers may be gradients over the layers ([0, 0.5, 1]) or have filters.")
+    _notes(method)
+
+
+def _notes(method: Method) -> None:
     for title, lines in (("Papers", method.papers), ("Unlike mergekit 0.1.5", method.differs)):
         if lines:
             out.print(f"\n{title}:")

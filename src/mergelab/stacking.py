@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mergelab.checkpoint import Checkpoint, Tensor, split_layer
 from mergelab.errors import Problems
 from mergelab.modules import Part
+from mergelab.rows import OUTPUT
 from mergelab.structure import Recipe, Slice, Source
 
 EMBEDDINGS = ("embed", "wte", "wpe")
@@ -87,12 +88,24 @@ class _Stack:
     def is_there(self) -> bool:
         """Does every model have the layers that are asked of it?"""
         missing = [text for slice in self.slices for s in slice.sources for text in self.lack(s)]
+        donor = self.part.donor
+        if self.part.module.name is None and len(donor.stacks) > 1 and not donor.knows_its_stack:
+            missing.append(
+                f"model {donor.label}: has several stacks of layers ({', '.join(donor.stacks)}), "
+                "so that 'slices' alone does not say which. List them under 'modules'."
+            )
         for text in dict.fromkeys(missing):
             self.problems.add(text)
         return not missing
 
     def lack(self, source: Source) -> Iterator[str]:
         model, (begin, end) = self.part.models[source.model], source.layers or (0, 0)
+        if model.stack != self.name:
+            yield (
+                f"{self.recipe.path}:{source.line}: model {source.model} names its layers "
+                f"{model.stack}, not {self.name}. Only models of one architecture can be stacked."
+            )
+            return
         if end > model.layers:
             yield (
                 f"{self.recipe.path}:{source.line}: model {source.model} has {model.layers} "
@@ -130,7 +143,7 @@ class _Stack:
         for name in _names([self.part.donor, *self.part.models.values()]):
             if split_layer(name)[0] == self.name:
                 continue
-            early = any(word in name for word in EMBEDDINGS)
+            early = any(word in name for word in EMBEDDINGS) and not OUTPUT.search(name)
             slice = self.slices[0 if early else -1]
             models = [self.part.models[source.model] for source in slice.sources]
             if any(find(model, name) for model in models):

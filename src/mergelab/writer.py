@@ -26,7 +26,7 @@ from mergelab.progress import size
 
 RECORD = "merge.json"
 FLUSH = 1 << 27  # bytes written to a file before they are forced to disk
-LONGEST = 200  # characters of a folder's name; working names beside it are longer
+LONGEST = 200  # bytes of a folder's name; working names beside it are longer
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def check_target(out: Path, inputs: Sequence[Path]) -> None:
     """Raise UserError if a model cannot be put at `out`, or must not: over an input, say."""
     if out.name in ("", ".."):
         raise UserError(f"{out}: write the folder's own name after -o.")
-    if len(out.name) > LONGEST:
+    if len(os.fsencode(out.name)) > LONGEST:
         raise UserError(f"{out}: this name is too long. Choose a shorter one with -o.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +130,9 @@ def check_target(out: Path, inputs: Sequence[Path]) -> None:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file. Choose a folder with -o.")
         here = out.resolve()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made: {error.strerror}. Choose another -o.") from None
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{out}: cannot be made: {why}. Choose another -o.") from None
     for folder in (path.resolve() for path in inputs):
         if here == folder or here in folder.parents or folder in here.parents:
             raise UserError(f"{out}: overlaps an input, {folder}. Choose another folder with -o.")
@@ -150,7 +151,7 @@ def check_replaceable(out: Path) -> bool:
             f"{out}: is not empty and holds no {RECORD}, so it is no earlier merge. "
             "Choose another folder with -o, or delete it."
         ) from None
-    others = sorted(p.name for p in out.iterdir() if p.name not in ours and p.name[0] != ".")
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if others:
         raise UserError(
             f"{out}: holds {', '.join(others[:3])}, which no merge wrote and a new merge would "
@@ -167,7 +168,8 @@ def place_shards(folder: Path, headers: Mapping[str, bytes], tensors: tuple[Plan
     for file, header in headers.items():
         handle = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            os.posix_fallocate(handle, 0, sizes[file])
+            if os.fstat(handle).st_size != sizes[file]:  # else others may be writing to it
+                os.posix_fallocate(handle, 0, sizes[file])
             os.ftruncate(handle, sizes[file])
             write_at(handle, header, 0)
         finally:

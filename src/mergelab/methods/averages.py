@@ -24,9 +24,10 @@ NO_SHARE = 1e-8  # a sum of weights below this is not divided by
 
 @kernel
 def sum_fused(values: Array, weights: Array, divisor: Any, out: Array) -> None:
-    """Write sum(w_m x_m) / divisor; each step w x + r is exact in float64 and rounded once.
+    """Write sum(w_m x_m) / divisor; of each step w x + r the product is exact in float64.
 
-    What mergekit's `linear` gets from fused multiply-add where the processor has it, everywhere."""
+    What mergekit's `linear` gets from fused multiply-add where the processor has it, everywhere;
+    the sum is rounded to float64 first, which shows once in about 2^29 steps."""
     models, size = values.shape
     x, result = np.empty(CHUNK, weights.dtype), np.empty(CHUNK, weights.dtype)
     for start in range(0, size, CHUNK):

@@ -89,12 +89,14 @@ class Round:
     """One survey: `begin(settings, row)` gives sums of zero, `measure` adds a block to them,
     `conclude` makes statistics of the sums over all blocks.
 
-    With `scope: model` the sums run over all tensors; a `model_only` round is left out without."""
+    With `scope: model` the sums run over all tensors; a `model_only` round is left out without.
+    A round is also left out if an earlier one has found the statistic that `unless` names."""
 
     begin: Begin
     measure: Measure
     conclude: Conclude
     model_only: bool = False
+    unless: str = ""
 
 
 def elements(settings: Settings, shape: tuple[int, ...]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from mergelab.methods.base import (
     DENSITY,
     INT8_MASK,
@@ -28,8 +26,8 @@ PAPER = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
 
 
 def row(settings: Settings, shape: tuple[int, ...]) -> int:
-    """All dimensions but the first; a vector is one row."""
-    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    """The last dimension; a vector is one row."""
+    return shape[-1] if shape else 1
 
 
 def rules(block: Block, settings: Settings) -> list[list[float]]:

@@ -49,16 +49,6 @@ def threshold(share: float) -> int:
     return int(min(1.0, max(0.0, share)) * 2**32)
 
 
-def keep_mask(key: tuple[int, int], start: int, count: int, share: float) -> Array:
-    """Bernoulli(share) mask of elements [start, start + count); start must be a multiple of 4."""
-    if start % 4:
-        raise ValueError(f"start {start} is not a multiple of 4")
-    words = np.empty(-(-count // 4) * 4, np.uint32)
-    random_words(np.uint64(key[0]), np.uint64(key[1]), start, count, words)
-    kept: Array = words[:count] < np.uint64(threshold(share))
-    return kept
-
-
 @kernel
 def keep_random(
     deltas: Array, keys: Array, limits: Array, start: int, count: int, words: Array

@@ -18,6 +18,8 @@ from mergelab.methods.trim_kernels import add_high, add_low, add_norms_beyond, c
 HALF = 1 << 16
 NONE = 0xFFFFFFFF  # bits above those of any key
 EVERY = 1 << 62  # more equal entries than any model has
+NEAR = 3  # buckets around the expected one whose lower halves are counted at once
+FAR = 1 << 17  # a first bucket that no key is near
 
 
 def kth(counts: Array, k: int) -> tuple[int, int]:
@@ -54,7 +56,7 @@ class Trim:
         """Two histograms, then for whole-model windows the equal ones of each tensor."""
         return (
             Round(self.begin_high, self.measure_high, self.conclude_high),
-            Round(self.begin_low, self.measure_low, self.conclude_low),
+            Round(self.begin_low, self.measure_low, self.conclude_low, unless="cuts"),
             Round(self.begin_seen, self.measure_seen, nothing, model_only=True),
         )
 
@@ -64,15 +66,32 @@ class Trim:
         return Round(self.begin_norms, self.measure_norms, self.conclude_norms)
 
     def begin_high(self, settings: Settings, row: int) -> Sums:
-        """Counts of upper halves; no survey if nothing is dropped."""
+        """Counts of upper halves, and of lower ones near the bucket that the first block suggests;
+        no survey if nothing is dropped."""
         if self.trivial(settings):
             return {}
-        series = len(self.ranks(settings, 1))
-        return {"high": np.zeros((series, HALF), np.int64), "size": np.zeros(1, np.int64)}
+        shape = np.shape(self.ranks(settings, 1))
+        guesses = settings.shared.get("scope") != "model"
+        return {
+            "high": np.zeros((shape[0], HALF), np.int64),
+            "size": np.zeros(1, np.int64),
+            "first": np.full(shape, FAR, np.uint32),
+            "near": np.zeros((*shape, NEAR * guesses, HALF), np.uint32),
+        }
 
     def measure_high(self, block: Block, settings: Settings, stats: Stats, sums: Sums) -> None:
-        """Histogram of the upper halves of the keys' bits."""
-        sums["size"] += add_high(block.values, self.joint, sums["high"], block.numbers([]))
+        """Histograms of the keys' bits."""
+        kind = block.numbers([])
+        if block.start == 0 and block.size <= NONE and sums["near"].size:
+            counts = np.zeros_like(sums["high"])
+            size = add_high(block.values, self.joint, counts, sums["first"], sums["near"], kind)
+            for m, cuts in enumerate(self.ranks(settings, size)):
+                for c, k in enumerate(cuts):
+                    if 0 < k < size:
+                        sums["first"][m, c] = max(0, kth(counts[m], k)[0] - NEAR // 2)
+        sums["size"] += add_high(
+            block.values, self.joint, sums["high"], sums["first"], sums["near"], kind
+        )
 
     def conclude_high(self, sums: Sums, settings: Settings, stats: Stats) -> Stats:
         """For each rank the upper half of its key, and how many of its bucket belong."""
@@ -84,7 +103,14 @@ class Trim:
             for c, k in enumerate(cuts):
                 if 0 < k < size:
                     high[m, c], rest[m, c] = kth(sums["high"][m], k)
-        return {"ranks": ranks, "size": size, "high": high, "rest": rest}
+        found = {"ranks": ranks, "size": size, "high": high, "rest": rest}
+        places = high.astype(np.int64) - sums["first"]
+        if sums["near"].size and np.all((high == NONE) | ((places >= 0) & (places < NEAR))):
+            near = np.take_along_axis(
+                sums["near"], np.clip(places, 0, NEAR - 1)[..., None, None], axis=2
+            )
+            found |= self.conclude_low({"low": near[:, :, 0]}, settings, found)
+        return found
 
     def begin_low(self, settings: Settings, row: int) -> Sums:
         """Counts of lower halves."""

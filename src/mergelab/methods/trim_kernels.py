@@ -50,10 +50,13 @@ def find_keys(deltas: Array, m: int, count: int, joint: bool, single: Array) -> 
 
 
 @kernel
-def add_high(values: Array, joint: bool, counts: Array, kind: Any) -> int:
+def add_high(
+    values: Array, joint: bool, counts: Array, firsts: Array, near: Array, kind: Any
+) -> int:
     """Count the upper halves of the keys' bits in counts (K, 65536); K: one per task vector, or 1.
 
-    Gives the number of entries to choose from: those whose joint key is not 0, or all."""
+    And in near (K, C, W, 65536) the lower halves of those whose upper one is one of W from firsts
+    (K, C) on. Gives the number of entries to choose from: those with a joint key not 0, or all."""
     experts, size = values.shape[0] - 1, values.shape[1]
     base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
     single, found = np.empty(CHUNK, np.float32), 0
@@ -66,6 +69,12 @@ def add_high(values: Array, joint: bool, counts: Array, kind: Any) -> int:
             row = counts[k]
             for i in range(count):
                 row[bits[i] >> np.uint32(16)] += 1
+            for c in range(firsts.shape[1]):
+                first, lows, wide = firsts[k, c], near[k, c], near.shape[2]
+                for i in range(count):
+                    place = np.uint32((bits[i] >> np.uint32(16)) - first)
+                    if place < wide:
+                        lows[place, bits[i] & np.uint32(0xFFFF)] += np.uint32(1)
         if joint:
             for i in range(count):
                 found += bits[i] != 0
