@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import read_model, write_model
+from checkpoints import bf16_bits, read_model, write_model
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from mergelab import engine
+from mergelab import engine, kernels
 from mergelab.methods import METHODS, sparsify
 from mergelab.methods.base import BLOCK, Block, Settings
 from mergelab.methods.task_vectors import kept_count
@@ -392,3 +392,16 @@ def test_float_formats_are_read_exactly_and_rounded_once(tmp_path: Path, dtype: 
     step = {"F16": 2.0**-10, "BF16": 2.0**-7, "F64": 2.0**-52}[dtype]
     assert np.mean(got == exact) > 0.99
     assert np.all(np.abs(got - want) <= step * np.abs(want) + 1e-7 * (dtype != "F64"))
+
+
+def test_kernels_read_and_round_like_their_plain_python() -> None:
+    values = np.array([[0x3F80, 0xC040, 0x7F80, 0x0001]], np.uint16)
+    plain, compiled = np.empty(4, np.float32), np.empty((2, 4), np.float32)
+    kernels.decode(values, 0, 0, 4, plain)
+    kernels.task_vectors(np.concatenate([0 * values, values]), 0, 4, compiled[0], compiled[1:])
+    assert np.array_equal(plain, compiled[1])
+    numbers = np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3e38, np.nan], np.float32)
+    bits = np.empty(4, np.uint16)
+    kernels.encode(numbers, 4, bits, 0)
+    assert list(bits[:3]) == list(bf16_bits(numbers[:3]))
+    assert bits[3] & 0x7FFF > 0x7F80

@@ -113,17 +113,18 @@ def _place() -> Path:
 
 
 def decode(values: Array, model: int, start: int, count: int, out: Array) -> None:
-    """Write entries [start, start + count) of one model as numbers to out[:count] (kernels only).
+    """Write entries [start, start + count) of one model as numbers to out[:count].
 
-    A bfloat16 is the upper half of a float32."""
-    raise NotImplementedError
+    A bfloat16 is the upper half of a float32. In kernels numba chooses by the array's type."""
+    (_widen if values.dtype == np.uint16 else _copy_in)(values, model, start, count, out)
 
 
 def encode(values: Array, count: int, out: Array, start: int) -> None:
-    """Round values[:count] once to the type of `out` and put them at `start` (kernels only).
+    """Round values[:count] once to the type of `out` and put them at `start`.
 
-    To nearest, ties to even; overflow gives infinity, a NaN stays one."""
-    raise NotImplementedError
+    To nearest, ties to even; overflow gives infinity, a NaN stays one. In kernels numba chooses by
+    the array's type."""
+    (_narrow if out.dtype == np.uint16 else _copy_out)(values, count, out, start)
 
 
 def _teach(numba: Any) -> None:
