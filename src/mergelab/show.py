@@ -16,25 +16,24 @@ from mergelab.progress import size
 out = Console(highlight=False)
 
 
-def plan(description: dict[str, Any], costs: dict[str, Any] | None = None) -> None:
+def plan(description: dict[str, Any], costs: dict[str, Any]) -> None:
     """Print a plan (`plan.describe`), its costs (`estimate.costs`) and what applies to what."""
     out.print(f"[bold]{description['method']}[/]")
-    sources = costs["inputs"] if costs else {}
     inputs = Table("model", "where", "tensors", "layers", box=None, pad_edge=False)
     for name, facts in description["inputs"].items():
-        where = _where(sources.get(name), facts["folder"])
+        where = _where(costs["inputs"].get(name), facts["folder"])
         named = f"{name} (base)" if name == description["base"] else name
         inputs.add_row(*map(Text, (named, where, str(facts["tensors"]), str(facts["layers"]))))
     out.print(inputs)
     kinds, files = ", ".join(description["dtypes"]), len(description["files"])
-    passes = f", {costs['passes']} times" if costs and costs["passes"] > 1 else ""
+    passes = f", {costs['passes']} times" if costs["passes"] > 1 else ""
     out.print(
         f"\nreads  {size(description['bytes_in'])}{passes}\n"
         f"writes {size(description['bytes_out'])}: {description['tensors']} tensors, {kinds}, "
         f"{files} file(s)\n"
         f"memory about {size(description['bytes_memory'])} per worker"
     )
-    for line in _costs(costs, description["bytes_out"]) if costs else ():
+    for line in _costs(costs, description["bytes_out"]):
         out.print(Text(line))
     if description["vocabulary"]:
         out.print(Text(f"tokens {description['vocabulary']}"))
