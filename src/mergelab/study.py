@@ -14,6 +14,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 LEAST_VOCABULARY = 64  # tokens; fewer is a slip of the pen
+LOSSES = ("all", "answer")
 HIGHEST_RATE = 100  # of learning; AdamW moves each weight by about this much per step
 
 
@@ -26,10 +27,20 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class Options:
+    """Templates of a multiple-choice item: the question and its choices in published order."""
+
+    question: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Benchmark items: files in a wheel, a folder or a hub repository, cut into disjoint parts.
 
-    `parts` maps a part's name to its number of items, None meaning the rest."""
+    `parts` maps a part's name to its number of items, None meaning the rest. `text`, `answer` (the
+    end of text that is the solution) and `twin` (the same item in other words) are templates;
+    `options` holds a template of the question and one of each choice, for items with options."""
 
     name: str
     wheel: str | None
@@ -38,16 +49,23 @@ class Dataset:
     files: tuple[str, ...]
     text: str
     parts: dict[str, int | None]
+    answer: str | None = None
+    twin: str | None = None
+    options: Options | None = None
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a training run sees of a part: `items` after `skip`, each `copies` times."""
+    """What a training run sees of a part: `items` after `skip`, each `copies` times.
+
+    `field` is text or twin; `loss` is all (every token) or answer (only the answer's tokens)."""
 
     part: str
     items: int | None
     skip: int
     copies: int
+    field: str = "text"
+    loss: str = "all"
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,10 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a study; exactly one of train, hub, path and gguf is set."""
+    """One model of a study; exactly one of train, hub, path and gguf is set.
+
+    `declared` names the parts that its makers say it was trained on (of a model trained here they
+    are known)."""
 
     name: str
     train: Training | None
@@ -84,6 +105,7 @@ class Model:
     path: str | None
     gguf: Gguf | None
     dtype: str | None
+    declared: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -106,7 +128,9 @@ class Benchmark:
 class Check:
     """A contamination check: were the `suspects` seen, judged against `controls` and `base`?
 
-    `planted` names the models known to have seen them (the ground truth of a demo)."""
+    `planted` names the models known to have seen them (the ground truth of a demo), `siblings`
+    models of the same base known not to. `scores` and `twin` are benchmarks of the suite: the
+    published one and its twin, on the same items."""
 
     benchmark: str
     base: str
@@ -114,6 +138,9 @@ class Check:
     controls: str
     detectors: tuple[str, ...]
     planted: tuple[str, ...]
+    siblings: tuple[str, ...] = ()
+    scores: str | None = None
+    twin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +238,8 @@ class _StudyReader(Reader):
             self.wrong(map.line, f"{what} needs exactly one of {', '.join(kinds)}.")
 
     def dataset(self, name: str, map: Map) -> Dataset:
-        self.keys(map, ("wheel", "path", "hub", "files", "text", "parts"), "a dataset")
+        known = ("wheel", "path", "hub", "files", "text", "parts", "answer", "twin", "options")
+        self.keys(map, known, "a dataset")
         self.one_of(map, ("wheel", "path", "hub"), f"dataset '{name}'")
         parts = self.map(map, "parts")
         for part, size in parts.items():
@@ -227,10 +255,17 @@ class _StudyReader(Reader):
             self.texts(map, "files"),
             self.text(map, "text"),
             {part: size if isinstance(size, int) else None for part, size in parts.items()},
+            self.text(map, "answer", None),
+            self.text(map, "twin", None),
+            self.options(self.map(map, "options")) if "options" in map else None,
         )
 
+    def options(self, map: Map) -> Options:
+        self.keys(map, ("question", "choices"), "options")
+        return Options(self.text(map, "question"), self.texts(map, "choices"))
+
     def model(self, name: str, map: Map) -> Model:
-        self.keys(map, (*SOURCES, "dtype"), "a model")
+        self.keys(map, (*SOURCES, "dtype", "declared"), "a model")
         self.one_of(map, SOURCES, f"model '{name}'")
         dtype = self.text(map, "dtype", None)
         if dtype not in (None, "float32", "float16", "bfloat16"):
@@ -242,6 +277,7 @@ class _StudyReader(Reader):
             self.text(map, "path", None),
             self.gguf(self.map(map, "gguf")) if "gguf" in map else None,
             dtype,
+            self.texts(map, "declared", None),
         )
 
     def gguf(self, map: Map) -> Gguf:
@@ -278,10 +314,21 @@ class _StudyReader(Reader):
         return value
 
     def share(self, map: Map) -> Share:
-        self.keys(map, ("part", "items", "skip", "copies"), "a share of training data")
+        known = ("part", "items", "skip", "copies", "field", "loss")
+        self.keys(map, known, "a share of training data")
         items = self.count(map, "items", None, least=1)
         skip, copies = self.count(map, "skip", 0), self.count(map, "copies", 1, least=1)
-        return Share(self.text(map, "part"), items, skip, copies)
+        field = self.choice(map, "field", ("text", "twin"))
+        return Share(
+            self.text(map, "part"), items, skip, copies, field, self.choice(map, "loss", LOSSES)
+        )
+
+    def choice(self, map: Map, key: str, known: tuple[str, ...]) -> str:
+        """One of `known`, the first if it is not given."""
+        value = self.text(map, key, known[0])
+        if value not in known:
+            self.wrong(map.lines[key], f"'{key}' must be {' or '.join(known)}, not '{value}'.")
+        return str(value)
 
     def benchmark(self, map: Map) -> Benchmark:
         self.keys(map, ("name", "task", "data", "limit", "num_fewshot"), "a benchmark")
@@ -292,8 +339,8 @@ class _StudyReader(Reader):
         return Benchmark(name, task, data, limit, self.count(map, "num_fewshot", 0))
 
     def check(self, map: Map) -> Check:
-        known = ("benchmark", "base", "suspects", "controls", "detectors", "planted")
-        self.keys(map, known, "a contamination check")
+        known = ("benchmark", "base", "suspects", "controls", "detectors", "planted", "siblings")
+        self.keys(map, (*known, "scores", "twin"), "a contamination check")
         return Check(
             self.name(map, "benchmark", REQUIRED),
             self.text(map, "base"),
@@ -301,6 +348,9 @@ class _StudyReader(Reader):
             self.text(map, "controls"),
             self.texts(map, "detectors"),
             self.texts(map, "planted", None),
+            self.texts(map, "siblings", None),
+            self.text(map, "scores", None),
+            self.text(map, "twin", None),
         )
 
 
@@ -321,6 +371,8 @@ class _References:
                 self.known(model.gguf.wheel, study.wheels, "wheel", line)
             if model.train:
                 self.training(name, model.train, line)
+            for part in model.declared:
+                self.part(part, line)
         for bench, map in zip(study.suite, sections.get("suite") or (), strict=True):
             if bench.data is not None:
                 self.part(bench.data, map.line)
@@ -334,8 +386,12 @@ class _References:
         for check, map in zip(study.contamination, checks, strict=True):
             self.part(check.suspects, map.line)
             self.part(check.controls, map.line)
-            for model_name in (check.base, *check.planted):
+            for model_name in (check.base, *check.planted, *check.siblings):
                 self.known(model_name, study.models, "model", map.line)
+            for bench_name in (check.scores, check.twin):
+                if bench_name is not None:
+                    names = [bench.name for bench in study.suite]
+                    self.known(bench_name, names, "benchmark", map.line)
         for path in study.recipes:
             if path.stem in study.models:
                 line = sections["models"].lines[path.stem]
