@@ -46,13 +46,25 @@ Results = Annotated[
 ]
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Checked before the work, so that nothing is lost for want of a place."""
+def _writable(context: typer.Context, path: Path | None) -> Path | None:
+    """Checked before the work, so that nothing is lost for want of a place.
+
+    One process at a time works on a step: a second one (of a Snakemake run that was killed while
+    its jobs went on) waits, and then has nothing left to do."""
+    from mergelab.folders import alone, held
+
+    if path is None:
+        return None
     try:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if waits := held(path):
+            say(f"another process works on {path.name}; waiting for it")
+        context.with_resource(alone(path))
     except OSError as error:
         raise UserError(f"--record {path}: cannot be written: {error.strerror}.") from None
+    if waits and path.is_file():
+        say(f"{path.name}: done by that process")
+        raise typer.Exit
     return path
 
 
@@ -322,6 +334,15 @@ def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = 
     _forget(results / loaded.name, "report", loaded.name)
     _record(record, page.write(loaded, results / loaded.name))
     say(f"wrote {results / loaded.name / 'report.html'}")
+
+
+@app.command()
+def status(study: StudyFolder, results: Results = RESULTS) -> None:
+    """Say what is done of a study, what runs, what failed, and what is out of date and why."""
+    from mergelab import status as steps
+
+    loaded = _study(study)
+    steps.show(steps.rows(loaded, results / loaded.name))
 
 
 def _study(folder: Path) -> Any:

@@ -42,6 +42,18 @@ def alone(out: Path) -> Iterator[None]:
             return
 
 
+def held(out: Path) -> bool:
+    """Is a process inside `alone(out)` now?"""
+    try:
+        with out.with_name(f".{out.name}.lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _is_file_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))

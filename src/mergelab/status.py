@@ -1,0 +1,126 @@
+"""What is done of a study, what runs, what is out of date and why: `mergelab status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mergelab.folders import held
+from mergelab.record import KEYED
+from mergelab.steps import Step, Steps
+from mergelab.study import Study
+
+STYLES = {"done": "green", "running": "blue", "failed": "red", "stale": "yellow", "to do": "dim"}
+LOG_LINE = 160  # characters
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step: `state` done, running, failed, stale (an older result is there) or to do."""
+
+    verb: str
+    name: str
+    state: str
+    why: str
+
+
+def rows(study: Study, results: Path) -> list[Row]:
+    """Every step of a study in the order in which it can run.
+
+    Raises UserError for a mistake in the study, as any run would."""
+    steps = Steps(study).all
+    done = {place for place, step in steps.items() if (results / "records" / step.record).is_file()}
+    return [
+        Row(step.verb, step.name, *_state(step, steps, done, results)) for step in _ordered(steps)
+    ]
+
+
+def _ordered(steps: dict[tuple[str, str], Step]) -> list[Step]:
+    """Steps after those that they need, otherwise in the study's order."""
+    found: dict[tuple[str, str], Step] = {}
+
+    def visit(place: tuple[str, str]) -> None:
+        for need in steps[place].needs:
+            if need not in found:
+                visit(need)
+        found.setdefault(place, steps[place])
+
+    for place in steps:
+        visit(place)
+    return list(found.values())
+
+
+def _state(
+    step: Step,
+    steps: dict[tuple[str, str], Step],
+    done: set[tuple[str, str]],
+    results: Path,
+) -> tuple[str, str]:
+    record = results / "records" / step.record
+    if held(record):
+        return "running", f"log: {_log(step, results)}"
+    if (step.verb, step.name) in done:
+        return "done", ""
+    waits = [" ".join(need) for need in step.needs if need not in done]
+    log = _log(step, results)
+    if log.is_file() and not waits:
+        return "failed", f"{log}: {_last_line(log)}"
+    old = _older(record)
+    if old:
+        return "stale", _changed(step, old, waits)
+    return "to do", f"after {_listed(waits)}" if waits else "can run now"
+
+
+def _log(step: Step, results: Path) -> Path:
+    """Where Snakemake keeps what the step says."""
+    return results / "logs" / step.record.replace(".json", ".log")
+
+
+def _older(record: Path) -> str | None:
+    """The key of the step's result under another key, if there is one."""
+    name = KEYED.fullmatch(record.name)
+    assert name is not None
+    for path in sorted(record.parent.glob("*.json")):
+        other = KEYED.fullmatch(path.name)
+        if other and other[1] == name[1]:
+            return path.name.rpartition(".json")[0].rpartition(".")[2]
+    return None
+
+
+def _changed(step: Step, old: str, waits: Sequence[str]) -> str:
+    """Why a result is out of date: a key's first half is the step's own, the second its needs'."""
+    half = len(step.key) // 2
+    causes = []
+    if old[:half] != step.key[:half]:
+        causes.append("its recipe, its settings or the version of its method changed")
+    if old[half:] != step.key[half:]:
+        since = _listed(waits) if waits else "what it is made from"
+        causes.append(f"{since} {'is out of date' if waits else 'was made anew'}")
+    return "; ".join(causes)
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[:LOG_LINE] if lines else "stopped before it said anything"
+
+
+def show(found: Sequence[Row]) -> None:
+    """Print the rows as a table, and how many are in each state."""
+    out = Console(highlight=False)
+    table = Table("step", "of", "state", "", box=None, pad_edge=False)
+    for row in found:
+        state = Text(row.state, style=STYLES[row.state])
+        table.add_row(Text(row.verb), Text(row.name), state, Text(row.why))
+    out.print(table)
+    counts = {state: sum(row.state == state for row in found) for state in STYLES}
+    out.print("\n" + ", ".join(f"{count} {state}" for state, count in counts.items() if count))

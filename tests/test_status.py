@@ -1,0 +1,101 @@
+"""mergelab status: what is done, running, failed, stale and why, on real runs of the verbs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import llama
+from conftest import Run
+
+from mergelab.folders import alone
+from mergelab.status import rows
+from mergelab.steps import Steps
+from mergelab.study import load_study
+
+STUDY = "title: t\nmodels:\n  base: {path: ../../base}\n  a: {path: ../../a}\n"
+LINEAR = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: %s}}]\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """recipes/mine: merge one of model a, merge two of one; the working directory above it."""
+    for seed, name in enumerate(("base", "a")):
+        llama(tmp_path / name, seed)
+    folder = tmp_path / "recipes/mine"
+    folder.mkdir(parents=True)
+    (folder / "study.yaml").write_text(STUDY)
+    (folder / "one.yaml").write_text(LINEAR % ("a", 1))
+    (folder / "two.yaml").write_text(LINEAR % ("recipe:one", 1))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def record(folder: Path, *step: str) -> Path:
+    return Path("results/mine/records") / Steps(load_study(folder)).all[step].record
+
+
+def do(mergelab: Run, folder: Path, verb: str, name: str) -> None:
+    args = [str(folder), name]
+    if verb == "merge":
+        args = [str(folder / f"{name}.yaml"), "-o", f"results/mine/merged/{name}"]
+    mergelab(verb, *args, "--record", str(record(folder, verb, name)))
+
+
+def states(folder: Path) -> dict[str, tuple[str, str]]:
+    found = rows(load_study(folder), Path("results/mine"))
+    return {f"{row.verb} {row.name}": (row.state, row.why) for row in found}
+
+
+def test_steps_are_to_do_then_done_then_stale_with_the_reason(folder: Path, mergelab: Run) -> None:
+    before = states(folder)
+    assert before["fetch a"] == ("to do", "can run now")
+    assert before["merge one"] == ("to do", "after fetch a")
+    do(mergelab, folder, "fetch", "a")
+    do(mergelab, folder, "merge", "one")
+    do(mergelab, folder, "merge", "two")
+    assert {states(folder)[step] for step in ("fetch a", "merge one", "merge two")} == {
+        ("done", "")
+    }
+    (folder / "one.yaml").write_text(LINEAR % ("a", 0.5))
+    after = states(folder)
+    own = "its recipe, its settings or the version of its method changed"
+    assert after["merge one"] == ("stale", own)
+    assert after["merge two"] == ("stale", "merge one is out of date")
+    do(mergelab, folder, "merge", "one")
+    assert states(folder)["merge two"] == ("stale", "what it is made from was made anew")
+
+
+def test_a_failed_step_shows_the_last_line_of_its_log(folder: Path) -> None:
+    log = Path("results/mine/logs") / record(folder, "fetch", "a").name.replace(".json", ".log")
+    log.parent.mkdir(parents=True)
+    log.write_text("reading\nerror: no disk\n")
+    assert states(folder)["fetch a"] == ("failed", f"{log}: error: no disk")
+
+
+def test_a_step_runs_while_a_process_is_in_it_and_the_next_one_waits(
+    folder: Path, mergelab: Run
+) -> None:
+    path = record(folder, "fetch", "a")
+    command = [sys.executable, "-m", "mergelab.cli", "fetch", str(folder), "a", "--record"]
+    with alone(path):
+        assert states(folder)["fetch a"][0] == "running"
+        second = subprocess.Popen(
+            [*command, str(path)], stderr=subprocess.PIPE, text=True, env=os.environ
+        )
+        assert second.stderr is not None
+        assert "another process works on fetch-a" in second.stderr.readline()
+        path.write_text("{}")
+    assert "done by that process" in second.communicate(timeout=60)[1]
+    assert second.returncode == 0
+    assert path.read_text() == "{}"
+    assert states(folder)["fetch a"][0] == "done"
+
+
+def test_the_table_counts_the_states(folder: Path, mergelab: Run) -> None:
+    done = mergelab("status", str(folder))
+    assert "merge" in done.stdout
+    assert "5 to do" in done.stdout
