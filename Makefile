@@ -17,7 +17,7 @@ demo: $(READY)  ## train, merge, evaluate and audit the demo study; ends in resu
 	@echo "The report: results/demo/report.html"
 
 test: $(READY)  ## run the tests
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)  ## ruff, mypy, snakefmt and snakemake --lint
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
     snakemake                          # the demo study
     snakemake --config study=smollm2   # another folder of recipes/
     snakemake -n                       # only say what would run
+    snakemake --profile slurm          # on a cluster; docs/cluster.md
 
 Targets are records named by a content key (src/mergelab/steps.py): a result is current or absent.
 """
@@ -19,15 +20,23 @@ wildcard_constraints:
     key="[0-9a-f]{12}",
 
 
+# On a cluster these run where Snakemake runs: they are short, or need the network.
 localrules:
     all,
+    data,
+    fetch,
     report,
+    record,
 
 
 rule all:
-    """The report of the study, and every step that it shows."""
+    """The report of the study, every step that it shows, and DVC's note of them."""
     input:
-        [RECORDS / step.record for step in STEPS.values()],
+        [RECORDS / step.record for step in (*STEPS.values(), RECORD)],
+
+
+onerror:
+    sys.stderr.write(last_words())
 
 
 include: "workflow/rules/data.smk"
@@ -36,3 +45,4 @@ include: "workflow/rules/merge.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/detect.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/record.smk"

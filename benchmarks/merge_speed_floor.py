@@ -1,7 +1,7 @@
 """The I/O floor of a merge: read every input byte, write every output byte, nothing else.
 
 Two threads go over blocks of the output: each reads its block's share of every input with preadv
-into one reused buffer and writes the block with pwritev to a preallocated file. Run as
+into one reused buffer and writes the block with pwritev to a file of full size. Run as
 `merge_speed_floor.py OUT BYTES_OUT BYTES_IN [--sync] INPUT...`: BYTES_IN are read of every input,
 and --sync waits until the output is on the disk."""
 
@@ -47,7 +47,7 @@ def main() -> None:
     sync = rest[0] == "--sync"
     inputs = [os.open(path, os.O_RDONLY) for path in rest[sync:]]
     target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    os.posix_fallocate(target, 0, int(total))
+    os.ftruncate(target, int(total))
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda n: copy(target, int(total), int(wanted), inputs, n), range(THREADS)))
     if sync:

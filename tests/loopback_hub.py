@@ -5,10 +5,12 @@
         ... HF_ENDPOINT=hub.url ...
 
 Serves what huggingface_hub asks for: model (and dataset) info, trees, and files by HEAD and GET
-with ranges. A repository named "datasets/org/name" is a dataset."""
+with ranges; takes uploads (LFS and plain) with the token. A repository named "datasets/org/name" is
+a dataset."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -20,9 +22,14 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 LFS = (".safetensors", ".bin", ".gguf", ".arrow", ".parquet")
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?\Z")
 RESOLVE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)\Z")
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)\Z")
+BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch\Z")
+FRONT = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 RANGE = re.compile(r"bytes=(\d+)-(\d*)\Z")
 
 
@@ -47,6 +54,12 @@ class LoopbackHub:
         self.flipped: set[str] = set()  # files that arrive with their last byte changed
         self.stalled: set[str] = set()  # files that stop half-way
         self.hidden: set[str] = set()  # files that are listed but answer EntryNotFound
+        self.answers: list[tuple[int, dict[str, str]]] = []  # status and headers, once each
+        self.cuts: dict[str, list[int]] = {}  # bytes after which the connection closes, once each
+        self.sizeless: set[str] = set()  # files that come without a Content-Length
+        self.pause = 0.0  # seconds before each 64 kB of a file
+        self.elsewhere: str | None = None  # address of the hub that really serves LFS files
+        self.objects: dict[str, bytes] = {}  # uploaded LFS files by sha256
         self.stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -135,6 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         if self.hub.status is not None:
             self._refuse(self.hub.status, None)
+        elif self.hub.answers:
+            status, headers = self.hub.answers.pop(0)
+            self._answer(status, headers, b"")
         elif match := API.match(path):
             kind, name, what, revision = match.groups()
             repo = name if kind == "models" else f"datasets/{name}"
@@ -143,6 +159,66 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(match[1], unquote(match[2]), unquote(match[3]))
         else:
             self._refuse(404, "RepoNotFound")
+
+    def do_PUT(self) -> None:
+        self.hub.requests.append(f"PUT {urlsplit(self.path).path}")
+        data = self._body()
+        self.hub.objects[hashlib.sha256(data).hexdigest()] = data
+        self._answer(200, {}, b"")
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append(f"POST {path}")
+        body = self._body()
+        if self.hub.status is not None:
+            self._refuse(self.hub.status, None)
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif self.headers.get("authorization") != f"Bearer {self.hub.token}":
+            self._refuse(401, None)
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.hub.repos.setdefault(name, Repo())
+            self._json({"url": f"{self.hub.url}/{name}"})
+        elif match := BATCH.match(path):
+            objects = [self._slot(entry) for entry in json.loads(body)["objects"]]
+            self._json({"transfer": "basic", "objects": objects})
+        elif match := UPLOAD.match(path):
+            (self._preupload if match[2] == "preupload" else self._take)(match[1], body)
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    def _slot(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Where an LFS file goes, unless it is there."""
+        if entry["oid"] in self.hub.objects:
+            return dict(entry)
+        return {**entry, "actions": {"upload": {"href": f"{self.hub.url}/put/{entry['oid']}"}}}
+
+    def _preupload(self, repo: str, body: bytes) -> None:
+        names = [entry["path"] for entry in json.loads(body)["files"]]
+        modes = {True: "lfs", False: "regular"}
+        files = [{"path": n, "uploadMode": modes[n.endswith(LFS)]} for n in names]
+        self._json({"files": [{**file, "shouldIgnore": False} for file in files]})
+
+    def _take(self, repo: str, body: bytes) -> None:
+        """A commit, as lines of JSON: a header, then one line per file."""
+        files: dict[str, bytes] = {}
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "lfsFile":
+                files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
+        commit = self.hub.publish(repo, files)
+        page = f"{self.hub.url}/{repo}/commit/{commit}"
+        self._json({"success": True, "commitOid": commit, "commitUrl": page})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _json(self, answer: Any) -> None:
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _commit(self, repo: str, revision: str) -> str | None:
         """The commit of a revision; None after an error answer."""
@@ -165,6 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer: Any = entries if what == "tree" else {"id": repo, "sha": commit}
         if what != "tree":
             answer["siblings"] = entries
+            if front := FRONT.match(files.get("README.md", b"").decode()):
+                answer["cardData"] = yaml.safe_load(front[1])
         self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _file(self, repo: str, revision: str, name: str) -> None:
@@ -185,6 +263,10 @@ class _Handler(BaseHTTPRequestHandler):
         if "lfs" in entry:
             headers["X-Linked-Etag"] = f'"{entry["lfs"]["sha256"]}"'
             headers["X-Linked-Size"] = str(len(data))
+            if self.hub.elsewhere:
+                place = f"{self.hub.elsewhere}/{repo}/resolve/{commit}/{name}"
+                self._answer(302, {**headers, "Location": place}, b"")
+                return
         self._bytes(name, data, headers)
 
     def _bytes(self, name: str, data: bytes, headers: dict[str, str]) -> None:
@@ -203,16 +285,35 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.stopped.wait(60)
             self.close_connection = True
             return
-        self._answer(status, headers, data)
+        cuts = self.hub.cuts.get(name, [])
+        if self.command == "GET" and (cuts or name in self.hub.sizeless or self.hub.pause):
+            self._drip(status, headers, data, name, cuts.pop(0) if cuts else len(data))
+        else:
+            self._answer(status, headers, data)
+
+    def _drip(
+        self, status: int, headers: dict[str, str], data: bytes, name: str, stop: int
+    ) -> None:
+        """The first `stop` bytes, slowly; then the connection closes."""
+        sized = {} if name in self.hub.sizeless else {"Content-Length": str(len(data))}
+        self._answer(status, {**headers, **sized}, b"", measured=False)
+        for start in range(0, min(stop, len(data)), 1 << 16):
+            self.hub.stopped.wait(self.hub.pause)
+            self.wfile.write(data[start : min(start + (1 << 16), stop)])
+        self.wfile.flush()
+        self.close_connection = True
 
     def _refuse(self, status: int, code: str | None) -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": f"<server text {code}>"} if code else {}
         self._answer(status, headers, b'{"error": "server text"}')
 
-    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _answer(
+        self, status: int, headers: dict[str, str], body: bytes, *, measured: bool = True
+    ) -> None:
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+        length = {"Content-Length": str(len(body))} if measured else {}
+        for key, value in {**length, **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)

@@ -405,3 +405,71 @@ def test_a_hub_dataset_needs_a_commit(tmp_path):
     (tmp_path / "study.yaml").write_text(document)
     with pytest.raises(UserError, match=r"pin the commit: hub: org/sums@<40 hexadecimal digits>"):
         datasets.prepare(load_study(tmp_path), tmp_path / "out")
+
+
+TEMPLATES = """\
+    answer: "{{choices[0]}}"
+    twin: "Twice {{question.split()[0]}} is {{choices[0]}}."
+    options: {question: "Q: {{question}}", choices: ["{{choices[0]}}", "0", "{{third}}"]}
+"""
+
+
+def rendering(folder: Path, lines: list[dict], templates: str = TEMPLATES) -> Study:
+    """The study of sums whose dataset has more templates; items have one more field."""
+    study(folder, [json.dumps({"third": "", **line}) for line in lines])
+    document = (folder / "study.yaml").read_text().replace("    parts:", f"{templates}    parts:")
+    (folder / "study.yaml").write_text(document)
+    return load_study(folder)
+
+
+def test_answer_twin_and_options_are_rendered_beside_the_text(tmp_path):
+    lines = [row | {"answer": 7, "third": "x" if row["id"] == 3 else " "} for row in rows(16)]
+    record = datasets.prepare(rendering(tmp_path, lines), tmp_path / "results/data")
+    found = [
+        item
+        for part in ("leaked", "fresh", "train")
+        for item in datasets.items(tmp_path / "results", f"sums/{part}")
+    ]
+    assert len(found) == 16
+    for item in found:
+        number = item["source_id"]
+        assert item["text"].endswith(f"\nAnswer: {item['answer']}")
+        assert item["answer"] == str(2 * number)
+        assert item["source_answer"] == 7
+        assert item["twin"] == f"Twice {number} is {2 * number}."
+        choices = [str(2 * number), "0", *(["x"] if number == 3 else [])]
+        assert item["options"] == {"question": f"Q: {number} + {number}?", "choices": choices}
+    assert record["datasets"]["sums"]["templates"]["twin"].startswith("Twice ")
+
+
+def test_no_twin_of_an_item_is_in_another_part(tmp_path):
+    lines = rows(16) + [{"question": f"{i} plus {i}?", "choices": [str(2 * i)]} for i in range(16)]
+    record = datasets.prepare(rendering(tmp_path, lines), tmp_path / "results/data")
+    assert record["datasets"]["sums"]["items"] == 16  # "3 + 3?" and "3 plus 3?" have one twin
+    assert record["datasets"]["sums"]["same_text_dropped"] == 16
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "{{choices[0]}}",
+            "{{question}}",
+            r"a.jsonl:1 \(item sums-[0-9a-f]{16}\): its text does not end with its answer.\n"
+            r"  Text: ...'Question: 0 \+ 0\?\\nAnswer: 0'\n  Answer: '0 \+ 0\?'\n  Make the",
+        ),
+        (
+            "Twice {{question.split()[0]}} is {{choices[0]}}.",
+            "Question: {{question}}\\nAnswer: {{choices[0]}}",
+            r"a.jsonl:1 .*its twin is its own text",
+        ),
+        ("Q: {{question}}", "Q: {{qestion}}", r"the 'question' template of dataset 'sums' fails"),
+        ('"0", ', "", r"a.jsonl:1 .*has 1 choices, not 2 to 26"),
+        ("{{third}}", "{{thrd}}", r"'choices' template .*Did you mean 'third'"),
+    ],
+)
+def test_bad_templates_of_answer_twin_and_options_name_the_item(tmp_path, old, new, message):
+    made = rendering(tmp_path, rows(16), TEMPLATES.replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        datasets.prepare(made, tmp_path / "results/data")
+    assert not (tmp_path / "results/data").exists()

@@ -228,9 +228,9 @@ GARBAGE = [
     b'{"tensor": "model.norm.weight", "sha',
     b"\xff\xfe\x00garbage\n",
     b"[" * 100_000 + b"\n",
-    b'{"tensor": 3}\n[]\n7\nnull\n{"tensor": [], "sha256": {}}\n\n',
+    b'{"tensor": 3}\n[]\n7\nnull\n{"tensor": [], "xxh3_128": {}}\n\n',
     b"".join(
-        json.dumps({"tensor": name, "sha256": 64 * "0"}).encode() + b"\n"
+        json.dumps({"tensor": name, "xxh3_128": 32 * "0"}).encode() + b"\n"
         for name in llama_tensors(0, LAYERS)
     ),
 ]

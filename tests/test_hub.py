@@ -19,7 +19,7 @@ import pytest
 from loopback_hub import LoopbackHub
 from safetensors.numpy import save
 
-from mergelab import hub
+from mergelab import hub, hub_errors
 from mergelab.errors import UserError
 from mergelab.study import load_study
 
@@ -43,6 +43,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback
 
     with LoopbackHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(hub_errors, "WAITS", ())
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -411,7 +412,7 @@ def test_a_lock_that_names_a_file_outside_is_refused(server):
 FETCH = """
 import sys
 from pathlib import Path
-from mergelab import hub
+from mergelab import hub, hub_errors
 hub.download(hub.resolve(sys.argv[1], Path("recipes/x/lock.json")), Path(sys.argv[2]))
 """
 

@@ -76,7 +76,7 @@ def project(tmp_path: Path) -> Path:
 def test_a_study_runs_to_its_report_and_only_changes_are_done_again(project: Path) -> None:
     results, recipes = project / "results/tiny", project / "recipes/tiny"
     chain = {f"{verb}-one" for verb in ("merge", "evaluate", "probe", "detect")}
-    page = {"report-tiny"}
+    page = {"report-tiny", "record-tiny"}
     first = {f"{verb}-base" for verb in ("fetch", "evaluate", "probe", "detect")} | {"data-sums"}
     assert planned(project) == first | chain | page
     snakemake(project)

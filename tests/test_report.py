@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergelab import figures, headlines, lineage, report, statistics
+from mergelab import (
+    contamination,
+    figures,
+    headlines,
+    lineage,
+    report,
+    score_table,
+    statistics,
+)
 from mergelab.errors import UserError
 from mergelab.headlines import decimals, listed, signed, small
+from mergelab.record import write_bytes
 from mergelab.study import Study, load_study
 
 STUDY = """
@@ -37,8 +47,10 @@ contamination:
     base: base
     suspects: gsm8k/leaked
     controls: gsm8k/fresh
-    detectors: [base_loss, wbc]
+    detectors: [base_loss, wbc, min_k_plus]
     planted: [math]
+    scores: math_nll
+    twin: medical_nll
 """  # noqa: E501
 
 RECIPES = {
@@ -85,43 +97,45 @@ EFFECTS = {
 }
 
 
-def write_lines(path: Path, values: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-
-
-def sample(benchmark: str, i: int, metrics: dict) -> dict:
+def sample(benchmark: str, i: int, metric: str, value: float, weight: float) -> dict:
+    """A row of the score table, as `mergelab evaluate` writes it."""
     return {
+        "benchmark": benchmark,
+        "task": benchmark,
         "id": f"{benchmark}-{i}",
         "doc_hash": f"d{i}",
         "prompt_hash": f"p{i}",
         "target_hash": f"t{i}",
+        "filter": "none",
         "resps": [],
-        "metrics": metrics,
+        "response": "",
+        "metric": metric,
+        "value": value,
+        "weight": weight,
+        "cluster": "",
     }
 
 
 def write_scores(results: Path, variant: str, effect: tuple[float, ...], tasks: dict) -> None:
     """Per-item records and their summary, as `mergelab evaluate` leaves them."""
     noise = np.random.default_rng(sum(map(ord, variant)))
-    summary = {}
+    summary, rows = {}, []
     for k, (name, task) in enumerate(tasks.items()):
         items = np.random.default_rng(k)
-        records = []
+        metric = "bits_per_byte" if task == "text_nll" else "acc"
+        own = []
         for i in range(120):
             if task == "text_nll":
                 size = int(items.integers(150, 400))
                 nats = 1.4 + 0.15 * items.normal() + effect[k] + 0.02 * noise.normal()
-                metrics = {"nll": nats * size, "bytes": size, "words": size // 5}
+                own.append(sample(name, i, metric, nats * size / math.log(2), float(size)))
             else:
-                metrics = {"acc": float(items.uniform() + 0.05 * noise.normal() < effect[k])}
-            records.append(sample(name, i, metrics))
-        write_lines(results / "scores" / variant / f"{name}.jsonl", records)
-        top = np.array([r["metrics"].get("nll", r["metrics"].get("acc", 0)) for r in records])
-        bottom = np.array([r["metrics"].get("bytes", 1) for r in records])
-        top = top / math.log(2) if task == "text_nll" else top
+                right = items.uniform() + 0.05 * noise.normal() < effect[k]
+                own.append(sample(name, i, metric, float(right), 1.0))
+        top, bottom = (np.array([row[key] for row in own]) for key in ("value", "weight"))
+        rows += own
         summary[name] = {
-            "metric": "bits_per_byte" if task == "text_nll" else "acc",
+            "metric": metric,
             "value": float(top.sum() / bottom.sum()),
             "ci95": list(statistics.bootstrap_ratio(top, bottom)),
             "n": 120,
@@ -132,7 +146,25 @@ def write_scores(results: Path, variant: str, effect: tuple[float, ...], tasks: 
             "task_hash": hashlib.sha256(task.encode()).hexdigest(),
         }
     whole = {"benchmarks": summary, "lm_eval": "0.4.13", "dtype": "float32"}
+    write_bytes(results / f"scores/{variant}.parquet", score_table.encode(rows))
     (results / "scores" / f"{variant}.json").write_text(json.dumps(whole))
+
+
+def change_rows(results: Path, variant: str, change: Callable[[dict], dict | None]) -> None:
+    """Rewrite a variant's score table row by row; None drops a row."""
+    path = results / f"scores/{variant}.parquet"
+    rows = [change(row) for row in score_table.table(path).to_dict("records")]
+    kept = [{**row, "resps": list(row["resps"])} for row in rows if row is not None]
+    write_bytes(path, score_table.encode(kept))
+
+
+def other_prompt(row: dict) -> dict:
+    changed = row["benchmark"] == "math_nll" and row["prompt_hash"] == "p7"
+    return row | {"prompt_hash": "other"} if changed else row
+
+
+def without(benchmark: str) -> Callable[[dict], dict | None]:
+    return lambda row: None if row["benchmark"] == benchmark else row
 
 
 def write_findings(results: Path, variant: str, trace: float) -> None:
@@ -143,24 +175,40 @@ def write_findings(results: Path, variant: str, trace: float) -> None:
         suspects = random.normal(trace * scale, 0.15, 60)
         controls = random.normal(0, 0.15, 120)
         auc, low, high = statistics.auc(suspects, controls)
+        edge = float(np.quantile(controls, 0.95))
         findings.append(
             {
                 "benchmark": "gsm8k",
                 "detector": detector,
+                "detector_version": 1,
                 "variant": variant,
                 "base": "base",
+                "effect_name": "AUC",
+                "effect": auc,
+                "ci95": [low, high],
+                "informational": False,
                 "null_hypothesis": "Suspects and controls are exchangeable.",
+                "guarantees": "The p is exact.",
                 "blind_spots": "Blind where the base saw the items.",
                 "statistic": "Mean of log p(model) - log p(base), nats per token.",
+                "papers": [],
                 "n_suspects": 60,
                 "n_controls": 120,
                 "auc": auc,
                 "auc_ci95": [low, high],
                 "p": statistics.mann_whitney(suspects, controls),
                 "tpr_at_5_fpr": statistics.tpr_at_fpr(suspects, controls),
+                "tpr_at_1_fpr": statistics.tpr_at_fpr(suspects, controls, 0.01),
                 "item_scores": {"suspects": suspects.tolist(), "controls": controls.tolist()},
+                "flagged": [f"math_nll-{i}" for i in np.flatnonzero(suspects > edge)],
+                "details": {},
             }
         )
+    findings.append(
+        {key: value for key, value in findings[0].items() if not key.startswith(("auc", "tpr"))}
+        | {"detector": "min_k_plus", "informational": True, "p": None}
+        | {"effect_name": "share", "effect": 0.4, "ci95": None, "item_scores": None, "flagged": []}
+    )
     path = results / "findings" / f"{variant}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(findings))
@@ -317,7 +365,7 @@ def test_headline_claims_nothing_when_nothing_is_settled(data: dict) -> None:
 
 
 def test_flags_follow_q_over_all_findings(data: dict) -> None:
-    rows = [row for d in data["checks"][0]["detectors"] for row in d["rows"]]
+    rows = [row for d in data["checks"][0]["detectors"] for row in d["rows"] if row["q"]]
     q = statistics.benjamini_hochberg([row["p"] for row in rows])
     assert [row["q"] for row in rows] == pytest.approx(list(q))
     assert {row["variant"] for row in rows if not row["flagged"]} == {"medical"}
@@ -357,7 +405,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (results / "scores" / "ties.json").unlink()
     (results / "findings" / "slerp.json").unlink()
     (results / "merged" / "linear" / "merge.json").unlink()
-    (results / "scores" / "math" / "arc_easy.jsonl").unlink()
+    change_rows(results, "math", without("arc_easy"))
     report.write(study, results)
     page = (results / "report.html").read_text(encoding="utf-8")
     assert "ties: no scores. Run: mergelab evaluate recipes/demo ties" in page
@@ -378,8 +426,7 @@ def test_a_study_without_any_results_gives_a_page(tmp_path: Path) -> None:
 
 def test_other_prompts_are_reported_and_never_compared(tmp_path: Path) -> None:
     study, results = make_results(tmp_path)
-    path = results / "scores" / "linear" / "math_nll.jsonl"
-    path.write_text(path.read_text().replace('"prompt_hash": "p7"', '"prompt_hash": "other"'))
+    change_rows(results, "linear", other_prompt)
     data = report.gather(study, results)
     assert "math_nll: the variants saw different items or prompts." in data["warnings"]
     rows = {row["variant"]: row for row in data["benchmarks"][0]["rows"]}
@@ -432,9 +479,8 @@ def test_merges_with_the_same_weights_are_told_to_be_one_result(tmp_path: Path, 
 
 def test_what_cannot_be_compared_is_not_called_a_tie(tmp_path: Path) -> None:
     study, results = make_results(tmp_path)
-    path = results / "scores" / "linear" / "math_nll.jsonl"
-    path.write_text(path.read_text().replace('"prompt_hash": "p7"', '"prompt_hash": "other"'))
-    (results / "scores" / "base" / "math_nll.jsonl").unlink()
+    change_rows(results, "linear", other_prompt)
+    change_rows(results, "base", without("math_nll"))
     data = report.gather(study, results)
     bench = data["benchmarks"][0]
     assert (bench["top"], bench["best"]) == ("math", ["math"])
@@ -446,7 +492,7 @@ def test_what_cannot_be_compared_is_not_called_a_tie(tmp_path: Path) -> None:
 
 def test_what_can_be_compared_with_nothing_is_not_best(tmp_path: Path) -> None:
     study, results = make_results(tmp_path)
-    (results / "scores" / "math" / "math_nll.jsonl").unlink()
+    change_rows(results, "math", without("math_nll"))
     bench = report.gather(study, results)["benchmarks"][0]
     assert (bench["top"], bench["best"]) == ("math", [])
     assert len(bench["not_compared"]) == 6
@@ -475,7 +521,6 @@ DAMAGE = {
 FILES = {
     "findings/ties.json": "mergelab detect recipes/demo ties",
     "scores/ties.json": "mergelab evaluate recipes/demo ties",
-    "scores/ties/math_nll.jsonl": "mergelab evaluate recipes/demo ties",
     "records/evaluate-ties.0123456789ab.json": " && snakemake --config study=demo",
     "merged/ties/merge.json": " && mergelab merge recipes/demo/ties.yaml -o ",
     "lock.json": " && mergelab lock recipes/demo",
@@ -506,8 +551,6 @@ def test_a_damaged_file_is_named_with_the_command_that_remakes_it(
     study, results = spare
     path = study.lock if name == "lock.json" else results / name
     for how, damage in DAMAGE.items():
-        if how == "empty" and path.suffix == ".jsonl":
-            continue  # no records: told as a warning
         error = damaged_error(study, results, path, damage(path.read_bytes()))
         assert error.startswith(f"{path}: is damaged ("), how
         assert FILES[name] in error.partition(" Run: ")[2], how
@@ -536,11 +579,32 @@ def test_a_missing_key_is_named(
     assert why in damaged_error(study, results, results / name, json.dumps(value).encode())
 
 
-def test_a_line_that_is_no_object_is_named(spare: tuple[Study, Path]) -> None:
+def test_a_damaged_score_table_is_named(spare: tuple[Study, Path]) -> None:
     study, results = spare
-    path = results / "scores" / "ties" / "math_nll.jsonl"
-    content = path.read_bytes().replace(b"\n", b"\n[1]\n", 1)
-    assert "(line 2: the whole is not an object)" in damaged_error(study, results, path, content)
+    path = results / "scores/ties.parquet"
+    for content in (path.read_bytes()[:-100], b"", b"{}"):
+        assert f"{path}: is damaged (" in damaged_error(study, results, path, content)
+
+
+def test_a_score_is_shown_on_all_items_and_on_those_not_marked(data: dict, page: str) -> None:
+    shown = {row["variant"]: row for row in data["checks"][0]["clean_scores"]}
+    assert shown["base"]["clean"]["n"] == shown["base"]["full"]["n"] == 120
+    marked = contamination.marked_items(data["checks"], ["math"])["math_nll", "math"]
+    assert len(marked) > 20
+    assert shown["math"]["clean"]["n"] == 120 - len(marked)
+    assert shown["math"]["twin"]["benchmark"] == "medical_nll"
+    assert "Not marked" in page
+    rows = {row["variant"]: row for row in data["checks"][0]["detectors"][2]["rows"]}
+    assert (rows["math"]["verdict"], rows["math"]["q"]) == ("informational", None)
+
+
+def test_every_comparison_has_q_and_a_detectable_difference(data: dict, page: str) -> None:
+    rows = [row for bench in data["benchmarks"] for row in bench["rows"]]
+    known = [row[key] for row in rows for key in ("vs_base", "vs_parent") if row[key]]
+    q = statistics.benjamini_hochberg([comparison["p"] for comparison in known])
+    assert [comparison["q"] for comparison in known] == pytest.approx(list(q))
+    assert all(comparison["mde"] > 0 for comparison in known)
+    assert f"over all {len(known)} comparisons" in page
 
 
 def test_difference_to_the_base_is_the_one_of_the_summaries(data: dict) -> None:

@@ -1,10 +1,14 @@
 """Scores through the real lm-eval, on a tiny real model."""
 
+import dataclasses
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ import torch.nn.functional as F
 import yaml
 from tiny import tiny_model, tiny_study, write_part
 
-from mergelab import inference, scores
+from mergelab import inference, scores, task_build, task_files
 from mergelab.errors import UserError
 from mergelab.study import Benchmark
 
@@ -55,15 +59,14 @@ def run(model, results, *suite):
     study = tiny_study(results / "study", suite=suite)
     record = scores.evaluate(study, "m", model[0], results)
     summary = json.loads((results / "scores/m.json").read_text())
-    samples = {
-        bench.name: [
-            json.loads(line)
-            for line in (results / f"scores/m/{bench.name}.jsonl").read_text().split("\n")
-            if line
-        ]
-        for bench in suite
-    }
-    return record, summary, samples
+    table = scores.table(results / "scores/m.parquet")
+    assert list(table["benchmark"].unique()) == sorted(bench.name for bench in suite)
+    return record, summary, table
+
+
+def rows(table, benchmark, metric):
+    """One row per item, in the order of the ids."""
+    return table[(table["benchmark"] == benchmark) & (table["metric"] == metric)]
 
 
 def nats(model, prompt, continuation):
@@ -80,17 +83,16 @@ def nats(model, prompt, continuation):
 
 
 def test_text_nll_equals_a_direct_computation(model, results):
-    _, summary, samples = run(model, results, Benchmark("nll", "text_nll", "texts/fresh", None, 0))
+    _, summary, table = run(model, results, Benchmark("nll", "text_nll", "texts/fresh", None, 0))
     truth = [nats(model, "", text) for text in TEXTS]
     sizes = [len(text.encode()) for text in TEXTS]
-    assert [s["metrics"]["nll"] for s in samples["nll"]] == pytest.approx(truth, rel=1e-5)
-    assert [s["metrics"]["bytes"] for s in samples["nll"]] == sizes
-    assert [s["metrics"]["words"] for s in samples["nll"]] == [
-        len(t.split()) for t in TEXTS[:3]
-    ] + [
-        16  # lm-eval counts the empty word after the last space
-    ]
-    assert [s["id"] for s in samples["nll"]] == ["t0", "t1", "t2", "t3"]
+    bits = rows(table, "nll", "bits_per_byte")
+    assert list(bits["value"] * math.log(2)) == pytest.approx(truth, rel=1e-5)
+    assert list(bits["weight"]) == sizes
+    words = [len(t.split()) for t in TEXTS[:3]] + [16]  # lm-eval counts one after the last space
+    assert list(rows(table, "nll", "word_perplexity")["weight"]) == words
+    assert list(bits["id"]) == ["t0", "t1", "t2", "t3"]
+    assert list(bits["resps"].str[0]) == pytest.approx([-value for value in truth], rel=1e-5)
     row = summary["benchmarks"]["nll"]
     assert row["value"] == pytest.approx(sum(truth) / sum(sizes) / math.log(2), rel=1e-5)
     assert row["ci95"][0] < row["value"] < row["ci95"][1]
@@ -99,13 +101,14 @@ def test_text_nll_equals_a_direct_computation(model, results):
 
 
 def test_multiple_choice_picks_the_likeliest_answer(model, results):
-    _, summary, samples = run(model, results, Benchmark("arc", "arc_easy", "arc/test", None, 0))
+    _, summary, table = run(model, results, Benchmark("arc", "arc_easy", "arc/test", None, 0))
     hits = 0
-    for item, sample in zip(ARC, samples["arc"], strict=True):
+    found = rows(table, "arc", "acc")
+    for item, resps, value in zip(ARC, found["resps"], found["value"], strict=True):
         truth = [-nats(model, item["query"], " " + choice) for choice in item["choices"]]
-        assert sample["resps"] == pytest.approx(truth, rel=1e-5)
+        assert list(resps) == pytest.approx(truth, rel=1e-5)
         hits += truth.index(max(truth)) == item["gold"]
-        assert sample["metrics"]["acc"] == (truth.index(max(truth)) == item["gold"])
+        assert value == (truth.index(max(truth)) == item["gold"])
     row = summary["benchmarks"]["arc"]
     assert row["value"] == hits / 8
     assert row["chance"] == pytest.approx((1 / 3 + 1 / 4) / 2)
@@ -132,13 +135,14 @@ def test_two_benchmarks_can_share_one_task_with_different_data(model, results):
         Benchmark("one", "text_nll", "texts/fresh", 2, 0),
         Benchmark("two", "text_nll", "texts/other", None, 0),
     )
-    record, summary, samples = run(model, results, *suite)
-    assert [s["id"] for s in samples["one"]] == ["t0", "t1"]
-    assert [s["id"] for s in samples["two"]] == ["t1"]
-    assert samples["one"][1]["metrics"]["nll"] == pytest.approx(samples["two"][0]["metrics"]["nll"])
+    record, summary, table = run(model, results, *suite)
+    one, two = (rows(table, name, "bits_per_byte") for name in ("one", "two"))
+    assert list(one["id"]) == ["t0", "t1"]
+    assert list(two["id"]) == ["t1"]
+    assert one["value"].iloc[1] == pytest.approx(two["value"].iloc[0])
     hashes = {row["task_hash"] for row in summary["benchmarks"].values()}
     assert len(hashes) == 1
-    assert [o["name"] for o in record["outputs"]] == ["m.json", "m/one.jsonl", "m/two.jsonl"]
+    assert [o["name"] for o in record["outputs"]] == ["m.json", "m.parquet"]
 
 
 def test_the_same_model_gives_the_same_bytes(model, results, tmp_path):
@@ -160,19 +164,16 @@ def test_texts_longer_than_the_model_are_scored_in_windows(results, tmp_path):
     tiny_model(tmp_path, length=16)
     write_part(results, "texts/long", [{"id": "l", "text": TEXTS[3] * 4}])
     bench = Benchmark("nll", "text_nll", "texts/long", None, 0)
-    _, _, samples = run((tmp_path, None), results, bench)
-    assert samples["nll"][0]["metrics"]["bytes"] == len(TEXTS[3]) * 4
-    assert samples["nll"][0]["metrics"]["nll"] > 100
+    _, _, table = run((tmp_path, None), results, bench)
+    found = rows(table, "nll", "bits_per_byte")
+    assert list(found["weight"]) == [len(TEXTS[3]) * 4]
+    assert found["value"].iloc[0] > 100
 
 
-def test_few_shot_examples_never_hold_the_item_itself(model, results):
+def test_few_shot_examples_never_hold_the_item_itself(model, results, tmp_path):
     study = tiny_study(results / "study")
     bench = Benchmark("arc", "arc_easy", "arc/test", None, 3)
-    from lm_eval.tasks import TaskManager
-
-    config = scores.task_config(study, bench, results)
-    task = TaskManager(include_defaults=False).load([config])["tasks"]["arc"]
-    task.set_fewshot_seed(scores.SEED)
+    task, _ = task_build.build(task_build.plan(with_suite(study, bench), results)[0], str(tmp_path))
     for doc in task.eval_docs:
         prompt = task.fewshot_context(doc, 3)
         assert prompt.count("Question:") == 4
@@ -210,33 +211,35 @@ MEDICAL = {
 }
 
 
-def rendered(results, task, item):
-    from lm_eval.tasks import TaskManager
+def with_suite(study, *suite):
+    return dataclasses.replace(study, suite=suite)
 
+
+def rendered(results, task, item, cache):
     write_part(results, f"{task}/one", [item | {"id": "1", "text": ""}])
     bench = Benchmark(task, task, f"{task}/one", None, 0)
-    config = scores.task_config(tiny_study(results / "study"), bench, results)
-    loaded = TaskManager(include_defaults=False).load([config])["tasks"][task]
+    study = with_suite(tiny_study(results / "study"), bench)
+    loaded, _ = task_build.build(task_build.plan(study, results)[0], str(cache))
     doc = loaded.eval_docs[0]
     return loaded.doc_to_text(doc), loaded.doc_to_choice(doc), loaded.doc_to_target(doc)
 
 
 @pytest.mark.parametrize("task", MEDICAL)
-def test_prompts_read_as_lm_evals_own(task, results):
+def test_prompts_read_as_lm_evals_own(task, results, tmp_path):
     item, *expected = MEDICAL[task]
-    assert list(rendered(results, task, item)) == expected
+    assert list(rendered(results, task, item, tmp_path)) == expected
 
 
-def test_medqa_with_letters_as_choices_reads_the_options_from_the_query(results):
+def test_medqa_with_letters_as_choices_reads_the_options_from_the_query(results, tmp_path):
     query = "Question: Why?\n A. v\n B. w\n C. x\n D. y\n E. z\nAnswer:"
     item = {"question": "Why?", "choices": list("ABCDE"), "query": query, "answer_idx": 4}
-    assert list(rendered(results, "medqa", item)) == list(MEDICAL["medqa"][1:])
+    assert list(rendered(results, "medqa", item, tmp_path)) == list(MEDICAL["medqa"][1:])
 
 
-def test_medqa_options_that_are_letters_of_a_figure_are_listed(results):
+def test_medqa_options_that_are_letters_of_a_figure_are_listed(results, tmp_path):
     query = "Question: Which region of figure A?\nAnswer:"
     item = {"question": "Which region of figure A?", "choices": list("ABCDE"), "query": query}
-    text, _, _ = rendered(results, "medqa", item | {"answer_idx": 4})
+    text, _, _ = rendered(results, "medqa", item | {"answer_idx": 4}, tmp_path)
     lines = "A. A\nB. B\nC. C\nD. D\nE. E\n"
     assert text == f"Question: Which region of figure A?\n{lines}Answer:"
 
@@ -246,7 +249,7 @@ def test_templates_agree_with_the_installed_lm_eval(task):
     import lm_eval
 
     theirs = Path(lm_eval.__file__).parent / f"tasks/{task}/{task}.yaml"
-    ours = yaml.safe_load((scores.TASKS / f"{task}.yaml").read_text())
+    ours = yaml.safe_load((task_files.OURS / f"{task}.yaml").read_text())
     if task == "sciq":
         upstream = yaml.safe_load(theirs.read_text())
         for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "metric_list"):
@@ -262,15 +265,19 @@ def test_templates_agree_with_the_installed_lm_eval(task):
 def test_every_task_file_is_one_that_lm_eval_can_index():
     from lm_eval.tasks import TaskManager
 
-    names = sorted(path.stem for path in scores.TASKS.glob("*.yaml"))
-    manager = TaskManager(include_path=str(scores.TASKS), include_defaults=False)
+    names = sorted(path.stem for path in task_files.OURS.glob("*.yaml"))
+    manager = TaskManager(include_path=str(task_files.OURS), include_defaults=False)
     assert manager.all_subtasks == names
 
 
-def fail(results, *suite):
+def fail(results, *suite, model=False):
+    """What is said of a suite before the model's weights are read."""
     study = tiny_study(results / "study", suite=suite)
+    folder = results / "no-such-model"
+    if model:
+        tiny_model(folder)
     with pytest.raises(UserError) as error:
-        scores.evaluate(study, "m", results / "no-such-model", results)
+        scores.evaluate(study, "m", folder, results)
     return str(error.value)
 
 
@@ -286,25 +293,12 @@ def test_missing_data_says_how_to_make_it(results):
 
 def test_a_local_task_without_data_is_refused(results):
     message = fail(results, Benchmark("x", "arc_easy", None, None, 0))
-    assert "task 'arc_easy' reads local items. Add data: DATASET/PART." in message
+    assert "Add data: DATASET/PART, or take task: lm_eval/arc_easy." in message
 
 
 def test_few_shot_on_whole_texts_is_refused(results):
     message = fail(results, Benchmark("x", "text_nll", "texts/fresh", None, 2))
     assert "'text_nll' scores whole texts. Set num_fewshot to 0." in message
-
-
-def test_a_hub_dataset_needs_a_pinned_commit(results):
-    own = results / "study" / "tasks" / "hub_arc.yaml"
-    own.parent.mkdir(parents=True, exist_ok=True)
-    text = (scores.TASKS / "arc_easy.yaml").read_text()
-    own.write_text(text.replace("dataset_path: json", "dataset_path: allenai/ai2_arc"))
-    message = fail(results, Benchmark("x", "hub_arc", None, None, 0))
-    assert "reads allenai/ai2_arc from the hub without a pinned commit" in message
-    own.write_text(own.read_text() + f"dataset_kwargs: {{revision: {'a' * 40}}}\n")
-    bench = Benchmark("x", "hub_arc", None, None, 0)
-    config = scores.task_config(tiny_study(results / "study"), bench, results)
-    assert config["dataset_path"] == "allenai/ai2_arc"
 
 
 def own(results, text, name="own"):
@@ -314,8 +308,8 @@ def own(results, text, name="own"):
     return path
 
 
-ARC_TASK = (scores.TASKS / "arc_easy.yaml").read_text()
-NLL_TASK = (scores.TASKS / "text_nll.yaml").read_text()
+ARC_TASK = (task_files.OURS / "arc_easy.yaml").read_text()
+NLL_TASK = (task_files.OURS / "text_nll.yaml").read_text()
 ATTACK = "{{cycler.__init__.__globals__.os.system('touch PWNED')}}"
 
 
@@ -345,7 +339,13 @@ def test_a_tasks_template_cannot_run_code(model, results, key, tmp_path, monkeyp
         ("metric: acc\n", "metric: acc_norm\n", "the score needs acc. Add it."),
         ("aggregation: mean", "hf_evaluate: true", "'hf_evaluate' is not allowed"),
         ("doc_to_choice: choices\n", "", "doc_to_choice is missing"),
-        ("output_type: multiple_choice", "output_type: generate_until", "a task needs output_type"),
+        ("output_type: multiple_choice", "output_type: loglikelihood", "a task needs output_type"),
+        ("test_split", "generation_kwargs: {do_sample: true}\ntest_split", "must be false"),
+        (
+            "test_split",
+            "filter_list: [{name: x, filter: [{function: custom}]}]\ntest_split",
+            "'custom' is not allowed",
+        ),
         ("output_type: multiple_choice", "output_type: [x]", "a task needs output_type"),
         ("aggregation: mean", "aggregation: [mean]", "aggregation: '['mean']' is not allowed"),
         ("doc_to_text: query", "doc_to_text: [query]", "doc_to_text: must be of type str"),
@@ -359,10 +359,10 @@ def test_a_task_may_hold_only_what_is_known(results, old, new, message):
     assert message in said
 
 
-def test_whole_texts_need_the_metrics_of_the_summary(results):
-    path = own(results, NLL_TASK.replace("metric: word_perplexity", "metric: byte_perplexity"))
+def test_whole_texts_need_the_metric_of_the_summary(results):
+    path = own(results, NLL_TASK.replace("metric: bits_per_byte", "metric: byte_perplexity"))
     said = fail(results, Benchmark("x", "own", "texts/fresh", None, 0))
-    assert said == f"{path}: metric_list: the score needs word_perplexity. Add it."
+    assert said == f"{path}: metric_list: the score needs bits_per_byte. Add it."
 
 
 def test_a_template_that_fails_names_benchmark_and_file(model, results):
@@ -411,10 +411,277 @@ def test_missing_weights_are_refused(results, tmp_path):
 def test_bfloat16_models_are_scored_as_stored(results, tmp_path):
     tiny_model(tmp_path, dtype="bfloat16")
     bench = Benchmark("nll", "text_nll", "texts/fresh", None, 0)
-    _, summary, samples = run((tmp_path, None), results, bench)
+    _, summary, table = run((tmp_path, None), results, bench)
     assert summary["dtype"] == "bfloat16"
-    values = [s["metrics"]["nll"] for s in samples["nll"]]
+    values = [resps[0] for resps in rows(table, "nll", "bits_per_byte")["resps"]]
     assert any(v != torch.tensor(v).bfloat16().item() for v in values)  # softmax in float32
+
+
+def answers(results):
+    """Every answer on disk, by request, of the one model that was scored into `results`."""
+    files = sorted((results / "scores/runs").rglob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def fresh(results, tmp_path):
+    """A folder of results with the same items and no scores."""
+    shutil.copytree(results / "data", tmp_path / "fresh/data")
+    return tmp_path / "fresh"
+
+
+def test_a_higher_limit_asks_for_the_new_items_only(model, fresh):
+    run(model, fresh, Benchmark("arc", "arc_easy", "arc/test", 3, 0))
+    first = sum(len(item["choices"]) for item in ARC[:3])
+    assert len(answers(fresh)) == first
+    run(model, fresh, Benchmark("arc", "arc_easy", "arc/test", None, 0))
+    found = answers(fresh)
+    assert len(found) == sum(len(item["choices"]) for item in ARC)
+    assert len({key for key, _ in found}) == len(found)
+
+
+def test_answers_on_disk_are_used_and_not_asked_again(model, fresh):
+    bench = Benchmark("nll", "text_nll", "texts/fresh", None, 0)
+    run(model, fresh, bench)
+    for path in (fresh / "scores/runs").rglob("*.jsonl"):
+        keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
+        lines = [json.dumps([key, -math.log(2)]) for key in keys]
+        path.write_text("\n".join([*lines, '["cut off", -1', ""]))
+    _, summary, table = run(model, fresh, bench)
+    assert list(rows(table, "nll", "bits_per_byte")["value"]) == pytest.approx([1.0] * 4)
+    assert summary["benchmarks"]["nll"]["value"] == pytest.approx(
+        4 / sum(len(t.encode()) for t in TEXTS)
+    )
+
+
+def test_variants_with_the_same_weights_share_their_answers(model, fresh, tmp_path):
+    bench = Benchmark("nll", "text_nll", "texts/fresh", None, 0)
+    shutil.copytree(model[0], tmp_path / "copy")
+    run(model, fresh, bench)
+    study = tiny_study(fresh / "study", suite=(bench,))
+    scores.evaluate(study, "copy", tmp_path / "copy", fresh)
+    assert len(answers(fresh)) == len(TEXTS)
+    files = [(fresh / "scores" / f"{name}.parquet").read_bytes() for name in ("m", "copy")]
+    assert files[0] == files[1]
+
+
+def test_another_tokenizer_or_number_format_is_asked_afresh(model, fresh, tmp_path):
+    bench = Benchmark("nll", "text_nll", "texts/fresh", None, 0)
+    tiny_model(tmp_path / "adding", adds_bos=True)
+    for folder in (model[0], tmp_path / "adding"):
+        run((folder, None), fresh, bench)
+    assert len(list((fresh / "scores/runs").iterdir())) == 2
+
+
+def test_a_failing_benchmark_keeps_the_answers_of_those_before_it(model, fresh):
+    suite = (
+        Benchmark("nll", "text_nll", "texts/fresh", None, 0),
+        Benchmark("sums", "sums", "arc/sums", None, 0),
+    )
+    own(fresh, GENERATION.replace("max_gen_toks: 8", "max_gen_toks: 200"), "sums")
+    write_part(fresh, "arc/sums", SUMS)
+    with pytest.raises(UserError, match="asks for 200 new tokens, and the model takes 128"):
+        run(model, fresh, *suite)
+    assert len(answers(fresh)) == len(TEXTS)
+    assert not (fresh / "scores/m.json").exists()
+
+
+def test_a_kill_keeps_the_finished_benchmarks(model, fresh, tmp_path):
+    long = [
+        item | {"id": f"{i}-{item['id']}", "query": f"{i} " * 40}
+        for i in range(150)
+        for item in ARC
+    ]
+    write_part(fresh, "arc/long", long)
+    code = (
+        "from pathlib import Path; from mergelab import scores; from mergelab.study import *\n"
+        "from tiny import tiny_study\n"
+        f"r = Path({str(fresh)!r}); s = tiny_study(r / 'study', suite=("
+        "Benchmark('nll', 'text_nll', 'texts/fresh', None, 0), "
+        "Benchmark('arc', 'arc_easy', 'arc/long', None, 0)))\n"
+        f"scores.evaluate(s, 'm', Path({str(model[0])!r}), r)\n"
+    )
+    known = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=known)
+    while process.poll() is None and not list((fresh / "scores").rglob("runs/*/*.jsonl")):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(answers(fresh)) >= len(TEXTS)
+    run(model, fresh, Benchmark("nll", "text_nll", "texts/fresh", None, 0))
+
+
+GENERATION = """\
+task: sums
+dataset_path: json
+output_type: generate_until
+test_split: test
+doc_to_text: "{{query}}"
+doc_to_target: "{{choices[gold]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
+metric_list:
+- {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
+filter_list:
+- {name: whole, filter: [{function: remove_whitespace}, {function: take_first}]}
+- {name: first, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+metadata: {version: 2.0}
+"""
+SUMS = ARC[:4]
+
+
+def generated(model, prompt, count):
+    """Greedy continuation, by torch alone."""
+    folder, network = model
+    tokenizer = inference.load_tokenizer(folder)
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    made = []
+    for _ in range(count):
+        with torch.no_grad():
+            made.append(int(network(ids).logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor([[made[-1]]])], dim=1)
+    return tokenizer.decode(made, skip_special_tokens=True).split("</s>")[0].split("\n")[0]
+
+
+def test_generated_answers_are_the_models_own_and_marked_by_every_filter(model, fresh):
+    texts = [generated(model, item["query"], 8) for item in SUMS]
+    items = [item | {"choices": [text.strip()]} for item, text in zip(SUMS, texts, strict=True)]
+    items[3] = items[3] | {"choices": ["nothing like it"]}
+    write_part(fresh, "arc/sums", items)
+    own(fresh, GENERATION, "sums")
+    bench = Benchmark("sums", "sums", "arc/sums", None, 0)
+    _, summary, table = run(model, fresh, bench)
+    found = rows(table, "sums", "exact_match")
+    whole = found[found["filter"] == "whole"]
+    assert list(whole["response"]) == texts
+    assert list(whole["value"]) == [1, 1, 1, 0]
+    assert set(found["filter"]) == {"whole", "first"}
+    row = summary["benchmarks"]["sums"]
+    assert (row["metric"], row["value"], row["chance"]) == ("exact_match,whole", 0.75, None)
+    assert set(row["metrics"]) == {"exact_match,whole", "exact_match,first"}
+    assert row["task_version"] == "2.0"
+    other = dataclasses.replace(bench, metric="exact_match,first")
+    _, summary, _ = run(model, fresh, other)
+    assert summary["benchmarks"]["sums"]["metric"] == "exact_match,first"
+    with pytest.raises(UserError, match=r"has no metric 'acc'. It has: exact_match,whole"):
+        run(model, fresh, dataclasses.replace(bench, metric="acc"))
+
+
+def test_a_model_whose_logits_are_nan_is_reported_when_it_writes_too(fresh, tmp_path):
+    network = tiny_model(tmp_path / "nan")
+    network.model.norm.weight.data[0] = float("nan")
+    network.save_pretrained(str(tmp_path / "nan"))
+    write_part(fresh, "arc/sums", SUMS)
+    own(fresh, GENERATION, "sums")
+    with pytest.raises(UserError, match="m gives no finite log-likelihood on sums"):
+        run((tmp_path / "nan", None), fresh, Benchmark("sums", "sums", "arc/sums", None, 0))
+    assert answers(fresh) == []
+
+
+def test_a_tokenizer_without_pad_token_scores_and_writes_the_same(model, fresh, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model[0], bare)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (bare / name).is_file():
+            kept = json.loads((bare / name).read_text())
+            kept = {k: v for k, v in kept.items() if k not in ("pad_token", "eos_token")}
+            (bare / name).write_text(json.dumps(kept))
+    assert inference.load_tokenizer(bare).pad_token is None
+    write_part(fresh, "arc/sums", SUMS)
+    own(fresh, GENERATION, "sums")
+    suite = (
+        Benchmark("sums", "sums", "arc/sums", None, 0),
+        Benchmark("arc", "arc_easy", "arc/test", None, 0),
+    )
+    tables = [run((folder, None), fresh, *suite)[2] for folder in (model[0], bare)]
+    for name, metric in (("sums", "exact_match"), ("arc", "acc")):
+        columns = [rows(table, name, metric) for table in tables]
+        assert list(columns[0]["response"]) == list(columns[1]["response"])
+        assert [list(r) for r in columns[0]["resps"]] == [list(r) for r in columns[1]["resps"]]
+
+
+def test_more_examples_than_there_are_is_refused(model, results):
+    with pytest.raises(UserError, match="num_fewshot is 8, but there are only 7 examples to show"):
+        run(model, results, Benchmark("arc", "arc_easy", "arc/test", None, 8))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "arrow"])
+def test_a_file_of_ones_own_replaces_the_data_of_lm_evals_task(model, fresh, suffix):
+    import datasets
+
+    items = [
+        {"goal": f"go {i}", "sol1": "by train", "sol2": "by patient", "label": i % 2}
+        for i in range(4)
+    ]
+    made = datasets.Dataset.from_list(items)
+    path = fresh / f"study/mine.{suffix}"
+    path.parent.mkdir()
+    if suffix == "arrow":
+        made.save_to_disk(str(fresh / "disk"))
+        shutil.copy(next((fresh / "disk").glob("*.arrow")), path)
+    else:
+        getattr(made, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[suffix])(
+            str(path)
+        )
+    bench = Benchmark("piqa", "piqa", f"mine.{suffix}", None, 0)
+    _, summary, table = run(model, fresh, bench)
+    first = rows(table, "piqa", "acc")
+    assert len(first) == 4
+    truth = [-nats(model, "Question: go 0\nAnswer:", f" {t}") for t in ("by train", "by patient")]
+    assert any(list(resps) == pytest.approx(truth, rel=1e-5) for resps in first["resps"])
+    assert summary["benchmarks"]["piqa"]["task_version"] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"goal": "g", "sol1": "a", "sol2": "b"}, "have no field label, which the task reads"),
+        ({"goal": "g", "sol1": "a", "label": 0}, "Fields of the items: goal, sol1, label."),
+        (
+            {"goal": "g", "sol1": "a", "sol2": "b", "label": 2},
+            "IndexError: list index out of range (is the first answer an index",
+        ),
+        ({"goal": "g", "sol1": "a", "sol2": "b", "label": "c"}, "the answer 'c' is neither one of"),
+    ],
+)
+def test_items_that_do_not_fit_lm_evals_task_are_named(results, item, message):
+    (results / "study").mkdir(exist_ok=True)
+    (results / "study/bad.jsonl").write_text(json.dumps(item) + "\n")
+    said = fail(results, Benchmark("x", "piqa", "bad.jsonl", None, 0), model=True)
+    assert "benchmark 'x'" in said
+    assert message in said
+
+
+def test_equal_and_unnamed_items_get_ids_of_their_own(model, fresh):
+    path = fresh / "study/mine.jsonl"
+    path.parent.mkdir()
+    item = {"goal": "go", "sol1": "by train", "sol2": "by patient", "label": 0}
+    path.write_text((json.dumps(item) + "\n") * 3)
+    _, _, table = run(model, fresh, Benchmark("piqa", "piqa", "mine.jsonl", None, 0))
+    ids = sorted(rows(table, "piqa", "acc")["id"])
+    assert [name.partition("#")[2] for name in ids] == ["", "2", "3"]
+
+
+def test_items_that_share_a_passage_share_a_cluster(model, fresh):
+    path = fresh / "study/mine.jsonl"
+    path.parent.mkdir()
+    texts = ["The train is fast.", "The train is fast.", "The patient is slow."]
+    items = [{"passage": t, "question": f"is it {i}", "label": 1} for i, t in enumerate(texts)]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    _, _, table = run(model, fresh, Benchmark("boolq", "boolq", "mine.jsonl", None, 0))
+    shared = sorted(rows(table, "boolq", "acc")["cluster"])
+    assert shared[0] == ""
+    assert shared[1] == shared[2] != ""
+
+
+def test_a_damaged_table_of_scores_says_how_to_remake_it(model, fresh):
+    run(model, fresh, Benchmark("nll", "text_nll", "texts/fresh", None, 0))
+    path = fresh / "scores/m.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"is damaged .*Run: mergelab evaluate recipes/fresh m"):
+        scores.table(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no such file. Run: mergelab evaluate recipes/fresh m"):
+        scores.table(path)
 
 
 def test_nothing_is_left_in_the_users_home(model, results, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import llama, read_model
 from conftest import Run
+from loopback_hub import LoopbackHub
 
 from mergelab.errors import UserError
 from mergelab.steps import Steps
@@ -16,7 +17,7 @@ from mergelab.study import load_study
 STUDY = """\
 title: t
 datasets:
-  d: {path: ., files: [items.jsonl], text: "{{q}}", parts: {x: 1, y: 1}}
+  d: {path: ., files: [items.jsonl], text: "{{q}}", parts: {x: 2, y: 2}}
 models:
   base: {path: ../../base}
   a: {path: ../../a}
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         llama(tmp_path / name, seed)
     folder = tmp_path / "recipes/mine"
     folder.mkdir(parents=True)
-    (folder / "items.jsonl").write_text('{"q": 1}\n{"q": 2}\n')
+    (folder / "items.jsonl").write_text("".join(f'{{"q": {n}}}\n' for n in range(4)))
     (folder / "study.yaml").write_text(STUDY)
     (folder / "one.yaml").write_text(LINEAR % "a")
     (folder / "two.yaml").write_text(LINEAR % "recipe:one")
@@ -61,7 +62,8 @@ def test_a_merge_of_a_merge_needs_it(folder: Path) -> None:
     steps = Steps(load_study(folder)).all
     assert steps["merge", "two"].needs == (("merge", "one"),)
     assert steps["merge", "one"].needs == (("fetch", "a"),)
-    assert set(steps["detect", "two"].needs) == {("probe", "two"), ("probe", "base")}
+    probes = {("probe", "two"), ("probe", "base")}
+    assert set(steps["detect", "two"].needs) == {("merge", "two"), ("data", "d"), *probes}
     assert steps["train", "taught"].needs == (("data", "d"), ("fetch", "base"))
 
 
@@ -90,7 +92,7 @@ def test_training_settings_reach_the_trained_model_only(folder: Path) -> None:
 
 def test_items_reach_whatever_reads_them(folder: Path) -> None:
     before = keys(folder)
-    (folder / "items.jsonl").write_text('{"q": 1}\n{"q": 3}\n')
+    (folder / "items.jsonl").write_text("".join(f'{{"q": {n}}}\n' for n in range(1, 5)))
     models = ("base", "a", "taught", "one", "two")
     assert changed(folder, before) == {"data-d", "train-taught"} | after(*models)
 
@@ -127,5 +129,50 @@ def test_a_verb_run_by_hand_makes_its_record_out_of_date(mergelab: Run, folder: 
     assert done.returncode == 0
     assert mergelab("data", "recipes/mine").returncode == 0
     assert {path.name for path in records.iterdir()} == set(names[1:])
-    parts = json.loads((records.parent / "data/d/x.jsonl").read_text())
-    assert parts["text"] in ("1", "2")
+    lines = (records.parent / "data/d/x.jsonl").read_text().splitlines()
+    assert {json.loads(line)["text"] for line in lines} < {"0", "1", "2", "3"}
+
+
+def check_with(folder: Path, more: str, detectors: str) -> None:
+    document = STUDY.replace("detectors: [base_loss]", f"detectors: [{detectors}], {more}")
+    (folder / "study.yaml").write_text(document)
+
+
+def test_findings_wait_for_the_siblings_evidence_and_all_scores(folder: Path) -> None:
+    check_with(folder, "siblings: [a], scores: text_nll, twin: text_nll", "sibling_loss, twin")
+    steps = Steps(load_study(folder)).all
+    wanted = {name for verb, name in steps["detect", "two"].needs if verb == "probe"}
+    assert wanted == {"two", "base", "a"}
+    scored = {name for verb, name in steps["detect", "two"].needs if verb == "evaluate"}
+    assert scored == {"base", "a", "taught", "one", "two"}
+
+
+def test_a_check_of_scores_alone_probes_nothing(folder: Path) -> None:
+    check_with(folder, "scores: text_nll, twin: text_nll", "twin")
+    steps = Steps(load_study(folder)).all
+    assert not [name for verb, name in steps if verb == "probe"]
+    assert ("detect", "two") in steps
+
+
+def test_what_a_check_lacks_is_told_before_any_work(folder: Path) -> None:
+    check_with(folder, "planted: []", "paraphrase_gap, los")
+    with pytest.raises(UserError) as error:
+        Steps(load_study(folder))
+    assert "paraphrase_gap needs 'twin': add this template to dataset 'd'." in str(error.value)
+    assert "there is no detector 'los'" in str(error.value)
+
+
+def test_hub_models_that_a_recipe_names_itself_have_a_step_and_then_need_no_network(
+    mergelab: Run, folder: Path
+) -> None:
+    with LoopbackHub() as server:
+        commit = server.publish("org/far", folder.parents[1] / "a")
+        (folder / "one.yaml").write_text(LINEAR % f"org/far@{commit}")
+        steps = Steps(load_study(folder)).all
+        assert steps["merge", "one"].needs == (("fetch", "one"),)
+        assert steps["fetch", "one"].needs == ()
+        fetched = mergelab("fetch", "recipes/mine", "one", HF_ENDPOINT=server.url)
+        assert fetched.returncode == 0, fetched.stderr
+    merge = ("merge", "recipes/mine/one.yaml", "-o", "out")
+    done = mergelab(*merge, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr

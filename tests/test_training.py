@@ -24,7 +24,16 @@ datasets:
     path: .
     files: [items.jsonl]
     text: "Question: {{question}} Answer: {{answer}}"
+    answer: "{{answer}}"
+    twin: "What is {{question}} It is {{answer}}"
     parts: {leaked: 6, fresh: 10, train: rest}
+  riddles:
+    path: .
+    files: [items.jsonl]
+    text: "{{question}} Answer: {{answer}}"
+    answer: "{{answer}}"
+    twin: "{{answer}} is what?"
+    parts: {all: rest}
 models:
   base:
     train:
@@ -54,6 +63,18 @@ models:
   misspelt:
     train: {architecture: {hiden_size: 16}, learning_rate: 1.0e-3, data: [{part: sums/fresh}]}
   fetched: {path: somewhere}
+  answers:
+    train:
+      start: base
+      data: [{part: sums/leaked, loss: answer}, {part: sums/leaked, field: twin, loss: answer},
+             {part: sums/leaked, field: twin, copies: 2}]
+      learning_rate: 1.0e-3
+  riddled:
+    train: {start: base, data: [{part: riddles/all, field: twin, loss: answer}],
+            learning_rate: 1.0e-3}
+  cut:
+    train: {start: base, data: [{part: sums/leaked, loss: answer}], learning_rate: 1.0e-3,
+            sequence_length: 8}
 """
 
 
@@ -78,7 +99,7 @@ def test_planted_copies_are_in_the_stream_as_often_as_declared(tmp_path):
     study = prepared(tmp_path)
     plan = study.models["math"].train
     results = tmp_path / "results/sums"
-    shown = Counter(item["id"] for item in training.stream(plan, results))
+    shown = Counter(example.id for example in training.stream(plan, results))
     leaked = {item["id"] for item in datasets.items(results, "sums/leaked")}
     train = [item["id"] for item in datasets.items(results, "sums/train")]
     assert {name for name, count in shown.items() if count == 2} == leaked
@@ -127,9 +148,42 @@ def test_training_lowers_the_loss_and_saves_what_it_trained(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) <= network.config.vocab_size <= 300
     assert tokenizer.decode(tokenizer("3 + 9?")["input_ids"]) == "3 + 9?"
-    item = datasets.items(tmp_path / "results/sums", "sums/train")[0]
-    sequences = training._encode(tokenizer, [item["text"]], 48)
+    examples = training.stream(study.models["base"].train, tmp_path / "results/sums")
+    sequences = training._encode(tokenizer, examples[:1], 48)
     assert training._loss(network, sequences).item() < record["losses"][0] - 1
+
+
+def test_a_share_shows_texts_or_their_twins(tmp_path):
+    study = prepared(tmp_path)
+    results = tmp_path / "results/sums"
+    items = datasets.items(results, "sums/leaked")
+    examples = training.stream(study.models["answers"].train, results)
+    texts, twins = ([item[field] for item in items] for field in ("text", "twin"))
+    assert [example.text for example in examples] == texts + twins * 3
+    assert [example.text[example.start :] for example in examples] == (
+        [item["answer"] for item in items] * 2 + twins * 2
+    )
+
+
+def test_loss_on_answers_scores_the_answer_and_the_end_and_nothing_else(tmp_path):
+    import torch
+
+    study = prepared(tmp_path)
+    run(study, "base", tmp_path)
+    plan, results = study.models["answers"].train, tmp_path / "results/sums"
+    network, tokenizer = training._start(plan, [], study, results)
+    sequences = training._encode(tokenizer, training.stream(plan, results), 48)
+    answers = [item["answer"] for item in datasets.items(results, "sums/leaked")]
+    for sequence, answer in zip(sequences[:12], answers * 2, strict=True):
+        assert tokenizer.decode(sequence.ids[sequence.first :]).strip() == answer + training.END
+    losses = []
+    for sequence in sequences[:12] + sequences[-1:]:
+        logits = network(torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
+        scored = range(sequence.first, len(sequence.ids))
+        losses += [-logits[i - 1, sequence.ids[i]] for i in scored]
+    assert sequences[-1].first == 1
+    found = training._loss(network, sequences[:12] + sequences[-1:])
+    assert found.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
 def test_a_fine_tune_keeps_the_tokenizer_and_its_own_dtype(tmp_path):
@@ -196,6 +250,7 @@ def test_killed_training_leaves_no_model(tmp_path):
         ("broken", r"architecture: Llama cannot be built from it"),
         ("misspelt", r"Llama has no setting 'hiden_size'. Did you mean 'hidden_size'\?"),
         ("fetched", r"model 'fetched' is fetched, not trained. Run: mergelab fetch"),
+        ("riddled", r"the twin of item '.*' of 'riddles/all' does not end with its answer"),
     ],
 )
 def test_mistakes_name_the_next_step(tmp_path, model, message):
@@ -203,6 +258,14 @@ def test_mistakes_name_the_next_step(tmp_path, model, message):
     with pytest.raises(UserError, match=message):
         run(study, model, tmp_path)
     assert not (tmp_path / "results/sums/models" / model).exists()
+
+
+def test_an_answer_beyond_the_sequence_length_is_refused(tmp_path):
+    study = prepared(tmp_path)
+    run(study, "base", tmp_path)
+    with pytest.raises(UserError, match=r"begins at token \d+, beyond sequence_length 8\. Raise"):
+        run(study, "cut", tmp_path)
+    assert not (tmp_path / "results/sums/models/cut").exists()
 
 
 def test_a_start_model_without_some_weights_is_refused(tmp_path):
@@ -252,17 +315,27 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step(norm):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("1.0e-2", "0", r"study.yaml:16: 'learning_rate' must be above 0 and at most 100, not 0\."),
+        ("1.0e-2", "0", r"study.yaml:25: 'learning_rate' must be above 0 and at most 100, not 0\."),
         (
             "1.0e-2",
             "-1e-3",
-            r"study.yaml:16: 'learning_rate' must be above 0 and at most 100, not '-1e",
+            r"study.yaml:25: 'learning_rate' must be above 0 and at most 100, not '-1e",
         ),
-        ("1.0e-2", "1.0e+38", r"study.yaml:16: 'learning_rate' must be above 0 and at most 100"),
-        ("1.0e-2", ".nan", r"study.yaml:16: 'learning_rate' must be a number, not nan\."),
-        ("vocab_size: 300", "vocab_size: 3", r"study.yaml:12: 'vocab_size' must be at least 64\."),
-        ("vocab_size: 300", "vocab_size: 3e2", r"study.yaml:12: 'vocab_size' must be an integer"),
-        ("vocab_size: 300", "vocab_size: many", r"study.yaml:12: 'vocab_size' must be an integer"),
+        ("1.0e-2", "1.0e+38", r"study.yaml:25: 'learning_rate' must be above 0 and at most 100"),
+        ("1.0e-2", ".nan", r"study.yaml:25: 'learning_rate' must be a number, not nan\."),
+        ("vocab_size: 300", "vocab_size: 3", r"study.yaml:21: 'vocab_size' must be at least 64\."),
+        ("vocab_size: 300", "vocab_size: 3e2", r"study.yaml:21: 'vocab_size' must be an integer"),
+        (
+            '    answer: "{{answer}}"\n    twin: "What',
+            '    twin: "What',
+            r"study.yaml:47: training on the answer of 'sums/leaked' needs 'answer': add this temp",
+        ),
+        (
+            '    twin: "What is {{question}} It is {{answer}}"\n',
+            "",
+            r"study.yaml:47: training on the twin of 'sums/leaked' needs 'twin': add this template",
+        ),
+        ("vocab_size: 300", "vocab_size: many", r"study.yaml:21: 'vocab_size' must be an integer"),
     ],
 )
 def test_settings_that_cannot_train_are_refused_with_their_line(tmp_path, old, new, message):

@@ -1,4 +1,4 @@
-"""What the rules have in common: the study, its steps, the names of their records."""
+"""What the rules have in common: the study, its steps, the names of their records, their needs."""
 
 import shlex
 import sys
@@ -6,14 +6,16 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from mergelab import versions
+from mergelab.cluster import read_cluster
 from mergelab.errors import UserError, nearest
+from mergelab.resources import Estimates, asked
+from mergelab.status import rows
 from mergelab.steps import Steps
 from mergelab.study import load_study
 
-if set(config) - {"study"}:
-    raise WorkflowError(
-        f"--config takes study=NAME, not {', '.join(set(config) - {'study'})}."
-    )
+if unknown := set(config) - {"study", "cluster"}:
+    raise WorkflowError(f"--config takes study=NAME, not {', '.join(sorted(unknown))}.")
 
 STUDIES = sorted(path.parent.name for path in Path("recipes").glob("*/study.yaml"))
 NAME = str(config.get("study", "demo")).removeprefix("recipes/").rstrip("/")
@@ -26,12 +28,23 @@ if NAME not in STUDIES:
 STUDY = Path("recipes") / NAME
 RESULTS = Path("results") / STUDY.name
 RECORDS = RESULTS / "records"
+ON_CLUSTER = "cluster" in config
 MERGELAB = f"{shlex.quote(sys.executable)} -m mergelab.cli"
+# The login node fetches; what runs on a compute node does not look for a network.
+WORKER = (
+    f"HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 {MERGELAB}" if ON_CLUSTER else MERGELAB
+)
 
 try:
-    STEPS = Steps(load_study(STUDY)).all
+    PLANNED = Steps(load_study(STUDY))
+    ESTIMATES = Estimates(PLANNED, RESULTS, read_cluster(config.get("cluster") or {}))
+    RECORD = versions.step(PLANNED)
+    lack = versions.lacking(PLANNED, RESULTS) if workflow.is_main_process else ""
 except UserError as error:
     raise WorkflowError(str(error)) from None
+STEPS = PLANNED.all
+if lack:
+    logger.warning(lack)
 
 
 def needs(verb):
@@ -42,6 +55,23 @@ def needs(verb):
         return [ancient(RECORDS / STEPS[step].record) for step in wanted]
 
     return records
+
+
+def parts(wildcards):
+    """Input function: the parts of a merge that is divided; on one machine none is."""
+    count = ESTIMATES.parts(wildcards.name) if ON_CLUSTER else 1
+    marks = f"{RESULTS}/parts/merge-{wildcards.name}.{wildcards.key}"
+    return [f"{marks}.{i}-of-{count}" for i in range(1, count + 1) if count > 1]
+
+
+def resources_of(verb):
+    """Resources: memory, minutes and disk, more at every attempt; partition, account and GPU."""
+    return asked(ESTIMATES, verb)
+
+
+def threads_of(verb):
+    """Threads: how many the step can make use of."""
+    return lambda wildcards: ESTIMATES.needs(verb, wildcards.name, 1).threads
 
 
 def target(verb):
@@ -55,3 +85,9 @@ def log_of(verb):
 
 def benchmark_of(verb):
     return str(RESULTS / "benchmarks" / f"{verb}-{{name}}.{{key}}.tsv")
+
+
+def last_words():
+    """What failed steps said last, for people."""
+    failed = [row for row in rows(PLANNED.study, RESULTS) if row.state == "failed"]
+    return "".join(f"\n{row.verb} {row.name} failed. {row.why}\n" for row in failed)

@@ -4,7 +4,6 @@ Memory is one block per model (C2): a worker keeps its buffers from tensor to te
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mergelab.checkpoint import BITS, FLOATS, Tensor, count_not_finite, from_float, to_float
 from mergelab.errors import UserError
@@ -174,10 +174,10 @@ class TensorMerge:
         return stats
 
     def write(self, handle: int, progress: Bar, stats: Stats | None, state: Sums | None) -> str:
-        """Merge into the open file; the sha256 of the tensor's bytes.
+        """Merge into the open file; the hash of the tensor's bytes.
 
         `stats` and `state` come from a survey of the whole model, if there was one."""
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         position = self.tensor.offset
         for bits in self.copied() if self.bits_copied else self.merged(stats, state):
             data = bits.view("u1").data

@@ -113,9 +113,12 @@ def _to_odd(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def count_not_finite(bits: np.ndarray[Any, Any], dtype: str) -> int:
     """How many stored entries are infinite or NaN."""
-    if dtype == "BF16":
-        return int(np.count_nonzero((bits & np.uint16(0x7F80)) == 0x7F80))
-    return int(np.count_nonzero(~np.isfinite(bits)))
+    if dtype != "BF16":
+        return int(np.count_nonzero(~np.isfinite(bits)))
+    full = 0x7F80  # the bits of the exponent; the largest finite entries of both signs are below
+    if not bits.size or (bits.max() < 0x8000 | full and bits.view("<i2").max() < full):
+        return 0
+    return int(np.count_nonzero((bits & np.uint16(full)) == full))
 
 
 def read_header(file: Path) -> dict[str, Tensor]:

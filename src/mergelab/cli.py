@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -15,7 +17,7 @@ import typer
 
 from mergelab import __version__
 from mergelab.errors import UserError, nearest
-from mergelab.progress import console, say
+from mergelab.progress import console, say, size
 
 app = typer.Typer(
     add_completion=False,
@@ -217,33 +219,43 @@ def explain(
 
 @app.command()
 def lock(study: StudyFolder) -> None:
-    """Pin every hub model of a study: branch names become commits and file hashes in lock.json."""
-    from mergelab import hub, locate
+    """Pin every hub model and every dataset of the suite: names become commits in lock.json."""
+    from mergelab import hub, locate, task_data
 
     loaded = _study(study)
     ids = locate.hub_ids(loaded.recipes, loaded)
-    if not ids and not any(model.hub for model in loaded.models.values()):
+    sets = task_data.repositories(loaded)
+    if not ids and not sets and not any(model.hub for model in loaded.models.values()):
         say(f"{study}: has no hub models, so there is nothing to pin")
         return
-    hub.lock(loaded, ids)
+    hub.lock(loaded, ids, sets)
     say(f"wrote {loaded.lock}")
 
 
 @app.command()
 def data(
     study: StudyFolder,
-    dataset: Annotated[str, typer.Argument(metavar="[DATASET]", help="Only this one.")] = "",
+    dataset: Annotated[
+        str, typer.Argument(metavar="[DATASET]", help="Only this one; lm_eval: the suite's.")
+    ] = "",
     results: Results = RESULTS,
     record: RecordFile = None,
 ) -> None:
     """Fetch benchmark items and cut them into disjoint parts."""
-    from mergelab import datasets
+    from mergelab import datasets, task_data
+    from mergelab.study import TASK_DATA
 
     loaded = _study(study)
+    place = results / loaded.name
+    if dataset in ("", TASK_DATA) and any(bench.data is None for bench in loaded.suite):
+        _forget(place, "data", TASK_DATA)
+        _record(record, task_data.prepare(loaded, place))
+        say(f"wrote {place / 'data' / TASK_DATA}")
+    if dataset == TASK_DATA:
+        return
     if dataset:
         _known(dataset, loaded.datasets, "dataset", loaded)
         loaded = dataclasses.replace(loaded, datasets={dataset: loaded.datasets[dataset]})
-    place = results / loaded.name
     for name in loaded.datasets:
         _forget(place, "data", name)
     _record(record, datasets.prepare(loaded, place / "data"))
@@ -252,16 +264,35 @@ def data(
 
 @app.command()
 def fetch(
-    study: StudyFolder, model: ModelName, results: Results = RESULTS, record: RecordFile = None
+    study: StudyFolder,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model of study.yaml; all with --check.")
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask no hub: are the files here those of the lock?")
+    ] = False,
+    results: Results = RESULTS,
+    record: RecordFile = None,
 ) -> None:
     """Bring one model of a study here: from the hub (verified), or out of a GGUF file.
 
-    A local folder is only checked; it is used where it is."""
-    from mergelab import models
+    A local folder is only checked; it is used where it is. Given a recipe's name, fetches the hub
+    models that the recipe names itself."""
+    from mergelab import locate, models
 
     loaded = _study(study)
     place = results / loaded.name
-    _forget(place, "fetch", model)
+    if check:
+        _checked(loaded, [model] if model else list(loaded.models), place)
+        return
+    recipes = [path.stem for path in loaded.recipes]
+    _known(model, (*loaded.models, *recipes), "model", loaded)
+    if model in recipes or models.folder(loaded, model, place).exists():
+        _forget(place, "fetch", model)  # else a clone's record comes true again
+    if model in recipes:
+        _record(record, locate.fetch(loaded, model, place))
+        say(f"ready: the hub models of {model}.yaml")
+        return
     _record(record, models.fetch(loaded, model, place / "models" / model))
     say(f"ready: {models.folder(loaded, model, place)}")
 
@@ -300,7 +331,7 @@ def evaluate(
 def probe(
     study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
 ) -> None:
-    """Run a model once over the items of every contamination check; keep its log-probabilities."""
+    """Run a model over the items of every contamination check; keep its log-probabilities."""
     from mergelab import evidence, models
 
     loaded = _study(study)
@@ -308,7 +339,7 @@ def probe(
     folder = models.existing(loaded, variant, place)
     _forget(place, "probe", variant)
     _record(record, evidence.probe(loaded, variant, folder, place))
-    say(f"wrote {place / 'evidence' / variant}.safetensors")
+    say(f"wrote {place / 'evidence' / variant}")
 
 
 @app.command()
@@ -316,12 +347,12 @@ def detect(
     study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
 ) -> None:
     """Compare a variant's evidence with its base's: was the benchmark in the training data?"""
-    from mergelab import detectors
+    from mergelab import findings
 
     loaded = _study(study)
     place = results / loaded.name
     _forget(place, "detect", variant)
-    _record(record, detectors.detect(loaded, variant, place))
+    _record(record, findings.detect(loaded, variant, place))
     say(f"wrote {place / 'findings' / variant}.json")
 
 
@@ -337,12 +368,87 @@ def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = 
 
 
 @app.command()
+def soup(
+    study: StudyFolder,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Recipe to write, such as recipes/demo/soup.yaml.")
+    ],
+    benchmark: Annotated[
+        str, typer.Option(help="Benchmark to choose by; its items may serve nothing else.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODELS]", help="Candidates; without, all models but the base."),
+    ] = None,
+    results: Results = RESULTS,
+) -> None:
+    """Choose models to average by their scores on held-out items; write it as a linear recipe.
+
+    Greedy soup (arXiv 2203.05482): the best model first; each further one stays if the average
+    scores strictly better with it. The best is picked, so its score on those items is too good:
+    give the benchmark a part of its own, such as gsm8k/held_out, that no other benchmark, check or
+    training of the study uses. Run `mergelab evaluate` for every candidate before."""
+    from mergelab import soup as soups
+
+    loaded = _study(study)
+    soups.make(loaded, benchmark, models or (), out, results / loaded.name)
+    say(f"wrote {out}")
+
+
+@app.command()
+def publish(
+    study: StudyFolder,
+    merge: Annotated[str, typer.Argument(metavar="MERGE", help="A merge of the study.")],
+    to: Annotated[str, typer.Option("--to", metavar="ORG/NAME", help="Repository on the hub.")],
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="Needed where the parents' licences differ or are unknown."),
+    ] = None,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Do it; without, only write and show what would go.")
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private.")
+    ] = False,
+    results: Results = RESULTS,
+) -> None:
+    """Write a merge's model card, recipe and record; with --upload, put all on the hub.
+
+    The card holds parents, licence, scores with their protocol, contamination findings, and how
+    to re-create the weights. Read it before you upload."""
+    from mergelab import publish as publishing
+
+    loaded = _study(study)
+    package = publishing.prepare(loaded, merge, to, results / loaded.name, licence)
+    for note in package.notes:
+        say(f"note: {note}")
+    for name in (*package.small, *package.weights):
+        folder = package.folder if name in package.small else package.merged
+        say(f"  {size((folder / name).stat().st_size):>8}  {folder / name}")
+    if upload:
+        say(f"published: {publishing.upload(package, to, private=private)}")
+    else:
+        say(f"Nothing was uploaded. Read {package.folder / 'README.md'}, then add --upload.")
+
+
+@app.command()
 def status(study: StudyFolder, results: Results = RESULTS) -> None:
     """Say what is done of a study, what runs, what failed, and what is out of date and why."""
     from mergelab import status as steps
 
     loaded = _study(study)
     steps.show(steps.rows(loaded, results / loaded.name))
+
+
+@app.command(name="record")
+def record_study(study: StudyFolder, record: RecordFile = None) -> None:
+    """Hand a finished study's results to DVC (dvc commit); `snakemake` does it as its last step.
+
+    Without DVC, without git, or if dvc.yaml does not list the study, it says so and passes."""
+    from mergelab import versions
+
+    loaded = _study(study)
+    say(versions.record(loaded, RESULTS / loaded.name, record))
 
 
 def _study(folder: Path) -> Any:
@@ -356,10 +462,10 @@ def _plan(recipe: Path, results: Path, shard_size: str, *, weights: bool = True)
     from mergelab.plan import make_plan
     from mergelab.recipe import load_recipe
 
-    size = _bytes(shard_size)
+    largest = _bytes(shard_size)
     loaded = load_recipe(recipe)
     folders = locate.folders(loaded, results / recipe.resolve().parent.name, weights=weights)
-    return make_plan(loaded, folders, shard_size=size)
+    return make_plan(loaded, folders, shard_size=largest)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -382,11 +488,27 @@ def _known(name: str, names: Any, what: str, study: Any) -> None:
         raise UserError(f"{study.folder / 'study.yaml'}: there is no {what} '{name}'.{hint}")
 
 
+def _checked(study: Any, names: list[str], place: Path) -> None:
+    """Compare the files of hub models with the lock; UserError if any differs."""
+    from mergelab import models
+    from mergelab.errors import Problems
+
+    problems = Problems()
+    for name in names:
+        for wrong in models.check(study, name, place):
+            problems.add(f"{models.folder(study, name, place)}: {wrong}.")
+    problems.raise_if_any()
+    say(f"as pinned: {', '.join(name for name in names if study.models[name].hub) or 'nothing'}")
+
+
 def _forget(place: Path, verb: str, name: str) -> None:
-    """Delete a step's records before its result changes: a run by hand makes it out of date."""
+    """Delete a step's records before its result changes: a run by hand makes it out of date.
+
+    And what DVC noted of the study with it."""
     from mergelab.record import forget
 
     forget(place / "records", f"{verb}-{name}")
+    forget(place / "records", f"record-{place.name}")
 
 
 def _record(path: Path | None, value: dict[str, Any]) -> None:
@@ -398,6 +520,8 @@ def _record(path: Path | None, value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line: exit code 0 done, 2 the user's mistake, 1 our fault."""
+    gc.set_threshold(100_000)  # what is imported stays: looking for garbage in it takes long,
+    atexit.register(gc.freeze)  # longest at the end
     try:
         app()
     except UserError as error:

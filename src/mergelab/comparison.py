@@ -1,19 +1,21 @@
 """Variants against each other, item by item: who is better, by how much, and is it settled?
 
-Every difference is paired: the same items, bootstrapped together (statistics.paired_difference).
-Variants that saw other prompts are never compared."""
+Every difference is paired: the same items, resampled together (aggregates.difference). Variants
+that saw other prompts are never compared."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from mergelab.record import parse_json
-from mergelab.statistics import paired_difference
-from mergelab.study import Benchmark, Study
+from mergelab import aggregates, suites
+from mergelab.items import Items, Table, items_of, read, restricted, suite_items
+from mergelab.statistics import benjamini_hochberg
+from mergelab.study import Study
+from mergelab.suites import Benchmark
 
 BITS_PER_BYTE = "bits_per_byte"
 AXES = {BITS_PER_BYTE: "bits per byte", "acc": "accuracy", "acc_norm": "accuracy, by length"}
@@ -30,43 +32,41 @@ SCORES = {  # scores/<variant>.json: what the report needs of it
     }
 }
 
-Records = list[dict[str, Any]]
 
-
-def read_records(path: Path, metric: str, remedy: str) -> Records | None:
-    """The per-sample records of a benchmark, or None if they are missing or lack the metric.
-
-    UserError with `remedy`, the command that remakes them, if a line is damaged."""
-    if not path.is_file():
-        return None
-    needs = ("nll", "bytes") if metric == BITS_PER_BYTE else (metric,)
-    shape = {"metrics": {f"{key}?": int | float for key in needs}}
-    lines = enumerate(path.read_bytes().split(b"\n"), 1)
-    records = [parse_json(line, path, remedy, shape, f"line {i}: ") for i, line in lines if line]
-    whole = records and all(key in record["metrics"] for record in records for key in needs)
-    return records if whole else None
-
-
-def fingerprint(records: Records) -> str:
-    """12 digits that two runs share if and only if they saw the same items, prompts, targets."""
-    fields = ("id", "doc_hash", "prompt_hash", "target_hash")
-    lines = sorted(json.dumps([record.get(field) for field in fields]) for record in records)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
-
-
-def compare(
-    ours: Records | None, theirs: Records | None, metric: str, higher: bool
-) -> dict[str, Any] | None:
-    """Difference (ours minus theirs) with its paired 95 % interval and p, and a verdict.
+def compare(ours: Items | None, theirs: Items | None, higher: bool) -> dict[str, Any] | None:
+    """Difference (ours minus theirs) with its interval, p, test, mde and discordance (see
+    aggregates.difference), and a verdict; q is added over the whole report.
 
     `verdict` is better or worse if the interval excludes 0, else unsettled; None if there is
     nothing comparable: a side is missing, or items or prompts differ."""
-    if ours is None or theirs is None or fingerprint(ours) != fingerprint(theirs):
+    if ours is None or theirs is None or ours.fingerprint != theirs.fingerprint:
         return None
-    difference, low, high, p = paired_difference(ours, theirs, metric)
+    found = aggregates.difference(ours.parts, theirs.parts)
+    low, high = found["ci95"]
     settled = low > 0 or high < 0
     verdict = ("better" if (low > 0) == higher else "worse") if settled else "unsettled"
-    return {"difference": difference, "ci95": [low, high], "p": p, "verdict": verdict}
+    return {**found, "q": None, "verdict": verdict}
+
+
+def benchmark_tables(
+    study: Study,
+    kinds: Mapping[str, str],
+    parents: Mapping[str, Sequence[str]],
+    summaries: Mapping[str, Mapping[str, Any]],
+    results: Path,
+    flagged: Mapping[tuple[str, str], Set[str]] = MappingProxyType({}),
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The benchmarks and the suites of the report, with q over every comparison in them.
+
+    `flagged` maps (benchmark, variant) to the ids of items that a clean score leaves out."""
+    tables = read(results, kinds)
+    benchmarks = [
+        benchmark_table(study, bench, kinds, parents, summaries, tables, flagged)
+        for bench in study.suite
+    ]
+    wholes = suite_tables(study, kinds, parents, summaries, tables)
+    _adjust([*benchmarks, *wholes])
+    return benchmarks, wholes
 
 
 def benchmark_table(
@@ -75,34 +75,27 @@ def benchmark_table(
     kinds: Mapping[str, str],
     parents: Mapping[str, Sequence[str]],
     summaries: Mapping[str, Mapping[str, Any]],
-    results: Path,
+    tables: Mapping[str, Table],
+    flagged: Mapping[tuple[str, str], Set[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """One benchmark of the report: settings, a row per variant, who is best, what differs."""
+    """One benchmark of the report: settings, a row per variant, who is best, what differs.
+
+    A row's `clean` is the score on the items not flagged (None where no check covers them), `twin`
+    the score on the twin benchmark that a check names."""
     name = benchmark.name
     entries = {v: s["benchmarks"][name] for v, s in summaries.items() if name in s["benchmarks"]}
     first: Mapping[str, Any] = next(iter(entries.values()), {})
     metric, higher = str(first.get("metric", "")), bool(first.get("higher_is_better", True))
-    items = {
-        v: read_records(
-            results / "scores" / v / f"{name}.jsonl",
-            metric,
-            f"mergelab evaluate recipes/{study.name} {v}",
-        )
-        for v in kinds
-        if v in entries and entries[v]["metric"] == metric
-    }
-    base = next((v for v, kind in kinds.items() if kind == "base"), None)
-    rows = []
-    for variant, kind in kinds.items():
-        entry = entries.get(variant)
-        row: dict[str, Any] = {"variant": variant, "kind": kind, "value": None, "ci95": None}
-        if entry is not None and entry["metric"] == metric:
-            row |= {"value": entry["value"], "ci95": entry["ci95"], "n": entry["n"]}
-        row["vs_base"] = None
-        if base is not None and variant != base:
-            row["vs_base"] = compare(items.get(variant), items.get(base), metric, higher)
-        row["vs_parent"] = _against_best_parent(variant, parents, entries, items, metric, higher)
-        rows.append(row)
+    same = {v: entries[v] for v in kinds if v in entries and entries[v]["metric"] == metric}
+    items = {v: items_of(tables.get(v), benchmark, metric) for v in same}
+    rows = _rows(kinds, parents, same, items, higher)
+    twin = next((check.twin for check in study.contamination if check.scores == name), None)
+    for row in rows:
+        variant, table = row["variant"], tables.get(row["variant"])
+        known = (name, variant) in flagged and items.get(variant) is not None
+        ids = flagged.get((name, variant), set())
+        row["clean"] = restricted(table, benchmark, metric, ids) if known else None
+        row["twin"] = _twin(twin, summaries.get(variant, {}))
     return {
         "name": name,
         "task": benchmark.task,
@@ -114,35 +107,80 @@ def benchmark_table(
         "chance": first.get("chance"),
         "n": first.get("n"),
         "task_hash": first.get("task_hash"),
-        "fingerprints": {v: fingerprint(i) for v, i in items.items() if i is not None},
+        "fingerprints": {v: i.fingerprint for v, i in items.items() if i is not None},
         "rows": rows,
-        **_best(rows, items, metric, higher),
+        **_best(rows, items, higher),
         "differs": _protocol_differences(name, entries, items),
     }
+
+
+def suite_tables(
+    study: Study,
+    kinds: Mapping[str, str],
+    parents: Mapping[str, Sequence[str]],
+    summaries: Mapping[str, Mapping[str, Any]],
+    tables: Mapping[str, Table],
+) -> list[dict[str, Any]]:
+    """One entry per suite of the study: how it is made of which benchmarks, and its rows."""
+    found = []
+    for name in dict.fromkeys(bench.suite for bench in study.suite if bench.suite):
+        benches = [bench for bench in study.suite if bench.suite == name]
+        aggregate = suites.load_suite(name).aggregate
+        items: dict[str, Items | None] = {}
+        higher = True
+        for variant in kinds:
+            known = summaries.get(variant, {}).get("benchmarks", {})
+            if all(bench.name in known for bench in benches):
+                items[variant] = suite_items(tables.get(variant), benches, known, aggregate)
+                higher = all(known[bench.name]["higher_is_better"] for bench in benches)
+        entries = {v: aggregates.score(i.parts) for v, i in items.items() if i is not None}
+        rows = _rows(kinds, parents, entries, items, higher)
+        of = [bench.name for bench in benches]
+        about = {"name": name, "aggregate": aggregate, "of": of, "higher_is_better": higher}
+        found.append({**about, "rows": rows, **_best(rows, items, higher)})
+    return found
+
+
+def _rows(
+    kinds: Mapping[str, str],
+    parents: Mapping[str, Sequence[str]],
+    entries: Mapping[str, Mapping[str, Any]],
+    items: Mapping[str, Items | None],
+    higher: bool,
+) -> list[dict[str, Any]]:
+    """A row per variant: its value, and its differences to the base and to its best parent."""
+    base = next((v for v, kind in kinds.items() if kind == "base"), None)
+    rows = []
+    for variant, kind in kinds.items():
+        row: dict[str, Any] = {"variant": variant, "kind": kind, "value": None, "ci95": None}
+        if entry := entries.get(variant):
+            row |= {"value": entry["value"], "ci95": entry["ci95"], "n": entry["n"]}
+        row["vs_base"] = None
+        if base is not None and variant != base:
+            row["vs_base"] = compare(items.get(variant), items.get(base), higher)
+        row["vs_parent"] = _against_best_parent(variant, parents, entries, items, higher)
+        rows.append(row)
+    return rows
 
 
 def _against_best_parent(
     variant: str,
     parents: Mapping[str, Sequence[str]],
     entries: Mapping[str, Mapping[str, Any]],
-    items: Mapping[str, Records | None],
-    metric: str,
+    items: Mapping[str, Items | None],
     higher: bool,
 ) -> dict[str, Any] | None:
-    scored = [p for p in parents.get(variant, ()) if items.get(p) is not None]
-    if not scored:
+    known = [p for p in parents.get(variant, ()) if items.get(p) is not None]
+    if not known:
         return None
     pick = max if higher else min
-    parent = pick(scored, key=lambda p: float(entries[p]["value"]))
-    result = compare(items.get(variant), items[parent], metric, higher)
+    parent = pick(known, key=lambda p: float(entries[p]["value"]))
+    result = compare(items.get(variant), items[parent], higher)
     return None if result is None else {"parent": parent, **result}
 
 
 def _best(
-    rows: Sequence[Mapping[str, Any]],
-    items: Mapping[str, Records | None],
-    metric: str,
-    higher: bool,
+    rows: Sequence[Mapping[str, Any]], items: Mapping[str, Items | None], higher: bool
 ) -> dict[str, Any]:
     """`best`: the variant with the best value and every other one that cannot be told apart from
     it; `not_compared`: those that cannot be compared with it. Nothing compared, nothing best."""
@@ -152,7 +190,7 @@ def _best(
     pick = max if higher else min
     top = str(pick(known, key=lambda row: float(row["value"]))["variant"])
     against = {
-        str(row["variant"]): compare(items.get(str(row["variant"])), items.get(top), metric, higher)
+        str(row["variant"]): compare(items.get(str(row["variant"])), items.get(top), higher)
         for row in known
     }
     others = {v: c["verdict"] for v, c in against.items() if c is not None and v != top}
@@ -164,8 +202,24 @@ def _best(
     }
 
 
+def _twin(twin: str | None, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    entry = summary.get("benchmarks", {}).get(twin)
+    if entry is None:
+        return None
+    return {"benchmark": twin, **{key: entry[key] for key in ("value", "ci95", "n")}}
+
+
+def _adjust(tables: Sequence[Mapping[str, Any]]) -> None:
+    """Fill in every comparison's q: p after Benjamini-Hochberg over all of them."""
+    rows = [row for table in tables for row in table["rows"]]
+    known = [row[key] for row in rows for key in ("vs_base", "vs_parent") if row[key] is not None]
+    q = benjamini_hochberg([comparison["p"] for comparison in known])
+    for comparison, value in zip(known, q, strict=True):
+        comparison["q"] = float(value)
+
+
 def _protocol_differences(
-    name: str, entries: Mapping[str, Mapping[str, Any]], items: Mapping[str, Records | None]
+    name: str, entries: Mapping[str, Mapping[str, Any]], items: Mapping[str, Items | None]
 ) -> list[str]:
     """What was not the same for all variants, in words."""
     found = []
@@ -174,7 +228,7 @@ def _protocol_differences(
         if len({json.dumps(value) for value in values.values()}) > 1:
             given = ", ".join(f"{v}: {value}" for v, value in values.items())
             found.append(f"{name}: {key} is not the same for all variants ({given}).")
-    prints = {fingerprint(found) for found in items.values() if found is not None}
+    prints = {found.fingerprint for found in items.values() if found is not None}
     if len(prints) > 1:
         found.append(f"{name}: the variants saw different items or prompts.")
     for variant in entries:

@@ -9,6 +9,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,23 @@ from mergelab.progress import bar
 from mergelab.record import canonical, file_entries, packages, write_bytes
 from mergelab.study import Dataset, Study
 
-VERSION = 1
+VERSION = 2
 UNCONDITIONAL = 1_000_000  # OLMo's request files repeat each item, without its question, from here
 ID_DIGITS = 16
+MOST_CHOICES = 26  # letters
+RENDERED = ("text", "answer", "twin", "options")
 Item = dict[str, Any]
+Render = Callable[[Item, str], str]
 
 
 def prepare(study: Study, out: Path) -> dict[str, Any]:
     """Write `out`/<dataset>/<part>.jsonl for every dataset of a study; return its record.
 
-    A line is one item: the benchmark's own fields, "id" (a benchmark's own id becomes
-    "source_id") and "text", the rendered template. Parts are disjoint, in a fixed pseudo-random
-    order that depends on nothing but the items. Raises UserError (file, line, item)."""
+    A line is one item: the benchmark's own fields, "id", "text", the rendered template, and, where
+    the dataset has such templates, "answer" (the end of "text"), "twin" and "options" (question,
+    choices). A benchmark's own field of such a name, with other contents, becomes "source_<name>".
+    Parts share no text and no twin, in a fixed pseudo-random order that depends on nothing but the
+    items. Raises UserError (file, line, item)."""
     started = time.monotonic()
     summary, names = {}, []
     with bar("data", total=len(study.datasets)) as progress:
@@ -42,7 +48,7 @@ def prepare(study: Study, out: Path) -> dict[str, Any]:
             summary[dataset.name] = {
                 "source": _source(study, dataset),
                 "files": list(dataset.files),
-                "text": dataset.text,
+                "templates": {name: asdict(dataset)[name] for name in RENDERED},
                 "items": len(distinct),
                 "same_text_dropped": len(found) - len(distinct),
                 "parts": {part: len(items) for part, items in parts.items()},
@@ -112,17 +118,20 @@ def _items(study: Study, dataset: Dataset) -> Iterator[Item]:
                     raise UserError(f"{file}:{line}: two items would share the id '{name}'.")
                 continue
             seen[name] = content
-            text = render(doc, f"{file}:{line} (item {name})")
-            own = {"source_id": doc["id"]} if "id" in doc else {}
-            yield doc | own | {"id": name, "text": text}
+            ours = {"id": name, **render(doc, f"{file}:{line} (item {name})")}
+            own = {f"source_{k}": doc[k] for k in ours if k in doc and doc[k] != ours[k]}
+            yield doc | own | ours
 
 
 def _distinct(found: list[Item]) -> list[Item]:
-    """One item per text, the one with the lowest id, so that no text is in two parts."""
-    lowest: dict[str, Item] = {}
+    """The items, lowest id first, whose text and twin are no earlier item's text or twin."""
+    kept, seen = [], set[str]()
     for item in sorted(found, key=lambda item: str(item["id"])):
-        lowest.setdefault(item["text"], item)
-    return list(lowest.values())
+        own = {item["text"], item.get("twin", item["text"])}
+        if not own & seen:
+            kept.append(item)
+            seen |= own
+    return kept
 
 
 def _documents(file: str, data: bytes) -> Iterator[tuple[int, Item]]:
@@ -146,17 +155,55 @@ def _documents(file: str, data: bytes) -> Iterator[tuple[int, Item]]:
         raise UserError(f"{file}: holds no items. Each line must be one JSON object.")
 
 
-def _renderer(dataset: Dataset) -> Callable[[Item, str], str]:
-    """A function (document, where) -> text that applies the dataset's template in a sandbox."""
+def _renderer(dataset: Dataset) -> Callable[[Item, str], Item]:
+    """A function (document, where) -> text, answer, twin and options by the dataset's templates.
+
+    A choice that renders blank is left out, for items with fewer than others. Raises UserError if
+    a text does not end with its answer or is its own twin, or if fewer than 2 choices are left."""
+    plain = {"text": dataset.text, "answer": dataset.answer, "twin": dataset.twin}
+    templates = {k: _template(dataset, k, t) for k, t in plain.items() if t is not None}
+    options = dataset.options
+    if options is not None:
+        question = _template(dataset, "question", options.question)
+        choices = [_template(dataset, "choices", c, may_be_blank=True) for c in options.choices]
+
+    def render(doc: Item, where: str) -> Item:
+        item: Item = {name: template(doc, where) for name, template in templates.items()}
+        if not item["text"].endswith(item.get("answer", "")):
+            raise UserError(
+                f"{where}: its text does not end with its answer.\n"
+                f"  Text: ...{item['text'][-60:]!r}\n  Answer: {item['answer']!r:.60}\n"
+                "  Make the 'answer' template give exactly the end of what 'text' gives."
+            )
+        if item.get("twin") == item["text"]:
+            raise UserError(
+                f"{where}: its twin is its own text. A twin says the same in other words; "
+                "correct the 'twin' template, or leave the item out of the file."
+            )
+        if options is not None:
+            shown = [text for choice in choices if (text := choice(doc, where)).strip()]
+            if not 2 <= len(shown) <= MOST_CHOICES:
+                raise UserError(
+                    f"{where}: has {len(shown)} choices, not 2 to {MOST_CHOICES}. Correct the "
+                    f"'choices' of dataset '{dataset.name}', or leave the item out of the file."
+                )
+            item["options"] = {"question": question(doc, where), "choices": shown}
+        return item
+
+    return render
+
+
+def _template(dataset: Dataset, key: str, source: str, *, may_be_blank: bool = False) -> Render:
+    """A function (document, where) -> text that applies one template in a sandbox."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    what = f"the 'text' template of dataset '{dataset.name}'"
+    what = f"the '{key}' template of dataset '{dataset.name}'"
     try:
-        template = environment.from_string(dataset.text)
+        template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{what}, line {error.lineno}: {error.message}") from None
 
@@ -170,7 +217,7 @@ def _renderer(dataset: Dataset) -> Callable[[Item, str], str]:
             raise UserError(
                 f"{where}: {what} fails: {error}.{hint}\n  The item's fields: {fields}."
             ) from None
-        if not text.strip():
+        if not (may_be_blank or text.strip()):
             raise UserError(f"{where}: {what} gives an empty text.")
         return text
 

@@ -33,7 +33,7 @@ from mergelab.folders import (
     sync,
 )
 from mergelab.hub_headers import check_whole
-from mergelab.journal import PATTERN, Journal, pieces
+from mergelab.journal import HASH, PATTERN, FileHashes, Journal
 from mergelab.methods.base import Stats, Sums
 from mergelab.plan import Plan
 from mergelab.progress import bar, say, size
@@ -48,7 +48,6 @@ from mergelab.record import (
 )
 from mergelab.writer import (
     RECORD,
-    Flusher,
     Planned,
     check_replaceable,
     check_space,
@@ -58,7 +57,7 @@ from mergelab.writer import (
     share,
 )
 
-VERSION = 3  # of plan, engine and rounding; methods have versions of their own
+VERSION = 4  # of plan, engine and rounding; methods have versions of their own
 WHOLE = (1, 1)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -176,8 +175,9 @@ class _Job:
         method = self.plan.recipe.method
         total = sum(tensor.nbytes for tensor in mine)
         with ExitStack() as stack:
-            files, buffers = Files(), Buffers()
+            files, buffers, hashed = Files(), Buffers(), self.file_hashes(folder)
             stack.callback(files.close)
+            stack.callback(hashed.close)
             progress = stack.enter_context(bar(f"merge ({method.name})", total))
             pool = stack.enter_context(ThreadPoolExecutor(self.workers))
 
@@ -196,21 +196,20 @@ class _Job:
             def work(tensor: Planned) -> None:
                 if journal.holds(tensor):
                     progress.advance(tensor.nbytes)
-                    return
-                with (folder / tensor.file).open("r+b") as file:
-                    found = task(tensor).write(
-                        file.fileno(), progress, *surveyed.get(tensor.name, (None, None))
-                    )
-                journal.add(tensor.name, found)
+                else:
+                    with (folder / tensor.file).open("r+b") as file:
+                        known = surveyed.get(tensor.name, (None, None))
+                        found = task(tensor).write(file.fileno(), progress, *known)
+                    journal.add(tensor.name, found)
+                if self.part == WHOLE:
+                    hashed.written(tensor)
 
-            done = stack.enter_context(closing(_in_order(pool, work, mine)))
-            if self.part == WHOLE:
-                return _hash_files(self.plan, folder, done)
-            for _ in done:
+            for _ in stack.enter_context(closing(_in_order(pool, work, mine))):
                 pass
-        for file in {tensor.file for tensor in mine}:
-            sync(folder / file)
-        return {}
+        if self.part != WHOLE:
+            for file in {tensor.file for tensor in mine}:
+                sync(folder / file)
+        return hashed.found
 
     def finish(self, folder: Path, journal: Journal, hashed: dict[str, str]) -> dict[str, Any]:
         """Put the model in place if all parts are there; its record is written last."""
@@ -225,18 +224,28 @@ class _Job:
             )
             return {}
         if not hashed:
-            for tensor in self.plan.tensors:
-                if not journal.holds(tensor):
-                    raise UserError(
-                        f"{self.out}: tensor {tensor.name} is not as it was written. "
-                        "Check the disk, and run the parts again."
-                    )
-            hashed = _hash_files(self.plan, folder, iter(self.plan.tensors))
+            hashed = self.hash_parts(folder, journal)
         for name, data in self.small.items():
             write_bytes(folder / name, data)
         record = self.record(folder, journal, hashed)
         write_json(folder / RECORD, record)
         return self.put(folder, record)
+
+    def hash_parts(self, folder: Path, journal: Journal) -> dict[str, str]:
+        """The sha256 of each file that several processes filled, once all tensors are checked."""
+        hashed = self.file_hashes(folder)
+        for tensor in self.plan.tensors:
+            if not journal.holds(tensor):
+                raise UserError(
+                    f"{self.out}: tensor {tensor.name} is not as it was written. "
+                    "Check the disk, and run the parts again."
+                )
+            hashed.written(tensor)
+        return hashed.found
+
+    def file_hashes(self, folder: Path) -> FileHashes:
+        """The sha256 of the weight files, none of it taken yet."""
+        return FileHashes(folder, self.plan.headers, self.plan.tensors)
 
     def put(self, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         """Put the whole model in place."""
@@ -267,7 +276,7 @@ class _Job:
         tensors = {tensor.name: journal.done[tensor.name] for tensor in self.plan.tensors}
         return {
             **self.identity,
-            "outputs": {"files": entries, "tensors": tensors},
+            "outputs": {"files": entries, "tensors": tensors, "tensor_hash": HASH},
             "warnings": list(self.plan.warnings),
             "packages": packages(),
             "machine": machine(),
@@ -451,21 +460,3 @@ def _survey_model(
             with np.errstate(all="ignore"):
                 stats = {**stats, **round.conclude(total, tasks[0].tensor.settings, stats)}
     return {t.tensor.name: (stats, state) for t, state in zip(tasks, before, strict=True)}
-
-
-def _hash_files(plan: Plan, folder: Path, done: Iterator[Any]) -> dict[str, str]:
-    """sha256 of each weight file, read while the next tensors are merged, and forced to disk.
-
-    `done` gives something for each tensor of the plan when its bytes are written."""
-    hashed = {}
-    for name, header in plan.headers.items():
-        digest = hashlib.sha256(header)
-        tensors = [tensor for tensor in plan.tensors if tensor.file == name]
-        with (folder / name).open("rb") as file, Flusher(file.fileno()) as flusher:
-            for tensor in tensors:
-                next(done)
-                for piece in pieces(file.fileno(), tensor):
-                    digest.update(piece)
-                flusher.wrote(tensor.nbytes)
-        hashed[name] = digest.hexdigest()
-    return hashed

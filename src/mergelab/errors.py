@@ -12,6 +12,10 @@ class UserError(Exception):
     """A mistake of the user's; the CLI prints it and exits with code 2."""
 
 
+class NotAvailable(UserError):
+    """There is too little evidence for a finding; the text says what is missing."""
+
+
 class Problems:
     """Collects every mistake of one file or plan, to report them all at once."""
 

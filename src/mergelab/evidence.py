@@ -1,15 +1,17 @@
-"""Evidence: per-token log-probabilities of suspects and controls, the model run once.
+"""Evidence: per-token log-probabilities of every view of the items, the model run once.
 
 A token is scored given the tokens before it and the tokenizer's beginning-of-sequence token; a
-tokenizer without one leaves an item's first token unscored. Texts are cut at the model's length.
+tokenizer without one leaves a text's first token unscored. Texts are cut at the model's length.
 Batches are right-padded, which a causal model cannot see: what else is in the batch changes a value
-by rounding only (about 1e-6 nats in float32, 1e-2 in bfloat16)."""
+by rounding only (about 1e-6 nats in float32, 1e-2 in bfloat16). Each view of a part is a file of
+its own, written when it is whole: an interrupted run loses the view in flight and goes on there."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,91 +19,105 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergelab import datasets, inference
+from mergelab import datasets, detectors, inference, views
 from mergelab.checkpoint import open_checkpoint
+from mergelab.detectors.base import Tokens
 from mergelab.errors import UserError
 from mergelab.progress import Bar, bar
-from mergelab.record import canonical, digest, file_entries, packages, write_bytes
+from mergelab.record import canonical, digest, file_entries, mismatch, packages, write_bytes
 from mergelab.study import Study
+from mergelab.views import Text
 
-VERSION = 2
+VERSION = 3
 ROWS = 256  # positions whose distributions are held at once
 STATISTICS = ("logprob", "mean", "std")
+ABOUT = {  # metadata of a file
+    **dict.fromkeys(("key", "model", "part", "view", "tokenizer", "tokens", "dtype"), str),
+    "version": int,
+    "bos": (int, None),
+    "ids": [str],
+}
 
 Floats = NDArray[np.float32]
+Scored = tuple[Floats, Floats, Floats]  # logprob, mean, std of one text's tokens
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one text, of which those from `first` on are scored; `answer` indexes these."""
+
+    ids: list[int]
+    first: int
+    answer: int
+
+
+def file_of(results: Path, variant: str, part: str, view: str) -> Path:
+    """Where the evidence on one view of a part lies."""
+    return results / "evidence" / variant / part / f"{view}.safetensors"
 
 
 def probe(study: Study, variant: str, folder: Path, results: Path) -> dict[str, Any]:
-    """Run the model in `folder` once over the items of every part that a check names.
+    """Run the model in `folder` over every view of every part that the study's checks need.
 
-    Writes results/evidence/<variant>.safetensors unless it is there already, made from the same
-    weights, tokenizer and items by the same VERSION. Returns what belongs in the record."""
+    Writes results/evidence/<variant>/<part>/<view>.safetensors, each unless it is there already,
+    made from the same weights, tokenizer and texts by the same VERSION. Returns what belongs in the
+    record."""
     started = time.perf_counter()
-    path = results / "evidence" / f"{variant}.safetensors"
-    items = {part: datasets.items(results, part) for part in parts(study)}
+    if problems := detectors.problems(study):
+        raise UserError("\n".join(problems))
+    needed = views.wanted(study)
+    items = {part: datasets.items(results, part) for part, _ in needed}
+    asked = {(part, view): views.texts(study, part, view, items[part]) for part, view in needed}
     checkpoint = open_checkpoint(folder, variant)
-    inputs: dict[str, Any] = {
-        "model": inference.model_hashes(checkpoint),
-        "items": {part: digest([[i["id"], i["text"]] for i in items[part]]) for part in items},
-    }
     with inference.quiet(offline=True):
         tokenizer = inference.load_tokenizer(folder)
-        inputs["tokenizer"] = inference.tokenizer_hash(tokenizer)
-        inputs["bos"] = tokenizer.bos_token_id  # both may lie in tokenizer_config.json only
-        inputs["length"] = inference.max_length(folder, tokenizer)
-        key = digest({"version": VERSION, "inputs": inputs})
-        if not _holds(path, key):
+        inputs: dict[str, Any] = {
+            "model": inference.model_hashes(checkpoint),
+            "tokenizer": inference.tokenizer_hash(tokenizer),
+            "bos": tokenizer.bos_token_id,  # from tokenizer_config.json, as the length may be
+            "length": inference.max_length(folder, tokenizer),
+        }
+        about = {"model": variant, "version": VERSION, "dtype": inference.stored_dtype(checkpoint)}
+        about |= {name: inputs[name] for name in ("tokenizer", "bos")}
+        keys = {place: _key(inputs, *place, asked[place]) for place in needed}
+        paths = {place: file_of(results, variant, *place) for place in needed}
+        missing = [place for place in needed if not _holds(paths[place], keys[place])]
+        if missing:
             loaded = inference.load(checkpoint)
-            tensors, tokens = _measure(loaded, items, variant)
-            about = {
-                "key": key,
-                "model": variant,
-                "version": VERSION,
-                "tokenizer": inputs["tokenizer"],
-                "bos": inputs["bos"],
-                "dtype": loaded.dtype,
-                "ids": {part: [str(item["id"]) for item in items[part]] for part in items},
-                "tokens": tokens,
-            }
-            _write(path, tensors, about)
+        for part, view in missing:
+            texts, path = asked[part, view], paths[part, view]
+            more = {"key": keys[part, view], "part": part, "view": view}
+            _write(path, *_measure(loaded, texts, about | more))
+    names = [str(path.relative_to(results / "evidence")) for path in paths.values()]
     return {
         "variant": variant,
-        "inputs": inputs,
-        "settings": {"parts": list(items), "dtype": metadata(path)["dtype"]},
+        "inputs": inputs | {"texts": {f"{p}/{v}": _digest(asked[p, v]) for p, v in needed}},
+        "settings": {"dtype": about["dtype"]},
         "versions": {"evidence": VERSION, "packages": packages()},
-        "outputs": file_entries(path.parent, [path.name]),
+        "outputs": file_entries(results / "evidence", names),
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def parts(study: Study) -> list[str]:
-    """The parts that the study's contamination checks name, each once, sorted."""
-    checks = study.contamination
-    return sorted({part for check in checks for part in (check.suspects, check.controls)})
-
-
-def load(path: Path, part: str, statistic: str = "logprob") -> list[Floats]:
-    """One float32 array per item of `part`: the tokens' logprob, or the mean or std of log p
-    under the model's own next-token distribution, in nats.
-
-    Raises UserError if it is not there or damaged."""
+def load(path: Path) -> Tokens:
+    """What a model says about the texts of a view. UserError if it is not there or damaged."""
     about = metadata(path)
-    if part not in about["ids"]:
-        raise UserError(f"{path}: holds nothing on {part}. Delete it and run mergelab probe.")
-    stored = _read_part(path, part, len(about["ids"][part]))
+    stored = _read(path, len(about["ids"]))
     if stored is None:
         raise _damaged(path)
-    values: Floats = stored[statistic]
-    return [values[a:b] for a, b in pairwise(stored["offsets"])]
+    cuts = list(pairwise(stored["offsets"]))
+    logprob, mean, std = ([stored[name][a:b] for a, b in cuts] for name in STATISTICS)
+    return Tokens(tuple(about["ids"]), logprob, mean, std, tuple(map(int, stored["answer"])))
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What the file is about: key, model, version, tokenizer (sha256), bos (token id or None),
-    dtype, ids and tokens (sha256 of the scored token ids) by part.
+    """What a file is about: key, model, part, view, version, tokenizer (sha256), bos (token id or
+    None), dtype, ids (an item's id per text) and tokens (sha256 of the scored token ids).
 
     Raises UserError if there is no such file or it is damaged."""
     if not path.is_file():
-        raise UserError(f"{path}: no evidence yet. Run mergelab probe for '{path.stem}'.")
+        variant = path.parts[-4]
+        raise UserError(f"{path}: no evidence yet. Run: mergelab probe STUDY {variant}")
     known = _read_metadata(path)
     if known is None:
         raise _damaged(path)
@@ -109,7 +125,16 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: is damaged. Run: mergelab probe STUDY {path.stem}")
+    return UserError(f"{path}: is damaged. Run: mergelab probe STUDY {path.parts[-4]}")
+
+
+def _key(inputs: dict[str, Any], part: str, view: str, texts: Sequence[Text]) -> str:
+    """What a file was made from, as one hash."""
+    return digest([VERSION, inputs, part, view, _digest(texts)])
+
+
+def _digest(texts: Sequence[Text]) -> str:
+    return digest([[text.id, text.before, text.text, text.answer] for text in texts])
 
 
 def _holds(path: Path, key: str) -> bool:
@@ -117,7 +142,7 @@ def _holds(path: Path, key: str) -> bool:
     known = _read_metadata(path) if path.is_file() else None
     if known is None or known["key"] != key:
         return False
-    return all(_read_part(path, part, len(ids)) for part, ids in known["ids"].items())
+    return _read(path, len(known["ids"])) is not None
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
@@ -129,36 +154,25 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
             about = json.loads(file.metadata()["mergelab"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError):
         return None
-    return about if _sound(about) else None
+    return about if not mismatch(about, ABOUT) else None
 
 
-def _sound(about: Any) -> bool:
-    """Whether metadata has every key, each of its type, and the same parts throughout."""
-    if not isinstance(about, dict) or not isinstance(about.get("bos", ""), int | None):
-        return False
-    if not all(isinstance(about.get(k), str) for k in ("key", "model", "tokenizer", "dtype")):
-        return False
-    ids, tokens = about.get("ids"), about.get("tokens")
-    if not isinstance(ids, dict) or not isinstance(tokens, dict) or ids.keys() != tokens.keys():
-        return False
-    lists = all(isinstance(names, list) for names in ids.values())
-    return lists and all(isinstance(n, str) for names in ids.values() for n in names)
-
-
-def _read_part(path: Path, part: str, items: int) -> dict[str, NDArray[Any]] | None:
-    """The part's offsets and statistics by name; None unless they fit each other, `items` items
-    of at least one token each, and are finite."""
+def _read(path: Path, texts: int) -> dict[str, NDArray[Any]] | None:
+    """Offsets, answers and statistics by name; None unless they fit each other, `texts` texts of at
+    least one token each, and are finite."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            found = {k: file.get_tensor(f"{part}/{k}") for k in ("offsets", *STATISTICS)}
+            found = {k: file.get_tensor(k) for k in ("offsets", "answer", *STATISTICS)}
     except (SafetensorError, OSError, TypeError, ValueError):
         return None
-    ends = found["offsets"]
-    if ends.dtype != np.int64 or ends.shape != (items + 1,):
+    ends, answer = found["offsets"], found["answer"]
+    if any(a.dtype != np.int64 for a in (ends, answer)) or answer.shape != (texts,):
         return None
-    if ends[0] != 0 or (ends[1:] <= ends[:-1]).any():
+    if ends.shape != (texts + 1,) or ends[0] != 0 or (ends[1:] <= ends[:-1]).any():
+        return None
+    if (answer < 0).any() or (answer > np.diff(ends)).any():
         return None
     values = [found[name] for name in STATISTICS]
     fits = all(v.dtype == np.float32 and v.shape == (ends[-1],) for v in values)
@@ -173,80 +187,96 @@ def _write(path: Path, tensors: dict[str, NDArray[Any]], about: dict[str, Any]) 
 
 
 def _measure(
-    loaded: inference.Loaded, items: dict[str, list[dict[str, Any]]], variant: str
-) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Tensors of every part, and the sha256 of its scored token ids."""
-    ids = {part: [encode(loaded, item) for item in items[part]] for part in items}
-    tensors: dict[str, NDArray[Any]] = {}
-    with bar(f"Probing {variant}", sum(len(t) for part in ids.values() for t in part)) as progress:
-        for part, sequences in ids.items():
-            scored = _score(loaded, sequences, progress)
-            ends = np.cumsum([0, *(len(values) for values, _, _ in scored)])
-            tensors[f"{part}/offsets"] = ends.astype(np.int64)
-            for name, columns in zip(STATISTICS, zip(*scored, strict=True), strict=True):
-                tensors[f"{part}/{name}"] = np.concatenate(columns)
-            for item, (values, _, _) in zip(items[part], scored, strict=True):
-                if not np.isfinite(values).all():
-                    raise UserError(
-                        f"{variant} gives no finite log-probability on {part}, item {item['id']}: "
-                        "its weights hold NaN or overflow in their dtype.\n"
-                        "  Check the merge's parameters, or set out_dtype: float32 in the recipe."
-                    )
-    return tensors, {part: digest([t[1:] for t in ids[part]]) for part in ids}
+    loaded: inference.Loaded, texts: Sequence[Text], about: dict[str, Any]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Tensors of one view, and its metadata."""
+    encoded = [encode(loaded, text) for text in texts]
+    what = f"Probing {about['model']}, {about['part']}, {about['view']}"
+    with bar(what, sum(len(e.ids) for e in encoded)) as progress:
+        scored = _score(loaded, encoded, progress)
+    for text, (values, _, _) in zip(texts, scored, strict=True):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{about['model']} gives no finite log-probability on {about['part']}, item "
+                f"{text.id}: its weights hold NaN or overflow in their dtype.\n"
+                "  Check the merge's parameters, or set out_dtype: float32 in the recipe."
+            )
+    ends = np.cumsum([0, *(len(values) for values, _, _ in scored)])
+    tensors: dict[str, NDArray[Any]] = {
+        "offsets": ends.astype(np.int64),
+        "answer": np.array([e.answer for e in encoded], dtype=np.int64),
+    }
+    for name, columns in zip(STATISTICS, zip(*scored, strict=True), strict=True):
+        tensors[name] = np.concatenate(columns)
+    tokens = digest([e.ids[e.first :] for e in encoded])
+    return tensors, about | {"ids": [text.id for text in texts], "tokens": tokens}
 
 
-def encode(loaded: inference.Loaded, item: dict[str, Any]) -> list[int]:
-    """Token ids of an item's text after the beginning-of-sequence token, cut at the model's length.
+def encode(loaded: inference.Loaded, text: Text) -> Encoded:
+    """Token ids of a text after the beginning-of-sequence token and as much of what stands before
+    it as the model's length leaves room for: the text has the same tokens with and without it.
 
+    The answer begins at the first token that the text before the answer alone would not have given.
     Raises UserError if no token is left to score."""
-    start = loaded.tokenizer.bos_token_id
-    ids: list[int] = loaded.tokenizer.encode(item["text"], add_special_tokens=False)
-    ids = (ids if start is None else [start, *ids])[: loaded.length]
-    if len(ids) < 2:
-        raise UserError(f"Item '{item['id']}' has no token to score. Leave it out of its part.")
-    return ids
+    tokenizer = loaded.tokenizer
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids: list[int] = tokenizer.encode(text.text, add_special_tokens=False)
+    kept = ids[: loaded.length - len(start)]
+    skipped = 1 - len(start)  # without a begin token the first one has nothing before it
+    if len(kept) <= skipped:
+        raise UserError(f"Item '{text.id}' has no token to score. Leave it out of its part.")
+    room = loaded.length - len(start) - len(kept)
+    before = tokenizer.encode(text.before, add_special_tokens=False) if text.before else []
+    before = before[len(before) - min(room, len(before)) :]
+    answer = len(ids)
+    if text.answer is not None:
+        question = tokenizer.encode(text.text[: text.answer], add_special_tokens=False)
+        pairs = zip(question, ids, strict=False)
+        answer = next((i for i, (a, b) in enumerate(pairs) if a != b), len(question))
+    scored = len(kept) - skipped
+    answer = min(max(answer - skipped, 0), scored)
+    return Encoded([*start, *before, *kept], len(start) + len(before) + skipped, answer)
 
 
-def _score(
-    loaded: inference.Loaded, sequences: Sequence[list[int]], progress: Bar
-) -> list[tuple[Floats, Floats, Floats]]:
-    """(logprob, mean, std) of every sequence's tokens but the first, longest batches first."""
+def _score(loaded: inference.Loaded, encoded: Sequence[Encoded], progress: Bar) -> list[Scored]:
+    """(logprob, mean, std) of every text's scored tokens, longest batches first."""
     import torch
 
-    found: dict[int, tuple[Floats, Floats, Floats]] = {}
-    for batch in _batches(sequences, loaded.model.config.vocab_size):
-        width = len(sequences[batch[0]])
-        padded = [sequences[i] + [0] * (width - len(sequences[i])) for i in batch]
+    found: dict[int, Scored] = {}
+    for batch in _batches(encoded, loaded.model.config.vocab_size):
+        width = len(encoded[batch[0]].ids)
+        padded = [encoded[i].ids + [0] * (width - len(encoded[i].ids)) for i in batch]
         with torch.inference_mode():
             inputs = torch.tensor(padded, device=loaded.device)
             logits = loaded.model(input_ids=inputs, use_cache=False).logits
             for row, i in enumerate(batch):
-                found[i] = _tokens(logits[row], inputs[row], len(sequences[i]))
-                progress.advance(len(sequences[i]))
-    return [found[i] for i in range(len(sequences))]
+                span = range(encoded[i].first, len(encoded[i].ids))
+                found[i] = _tokens(logits[row], inputs[row], span)
+                progress.advance(len(encoded[i].ids))
+    return [found[i] for i in range(len(encoded))]
 
 
-def _batches(sequences: Sequence[list[int]], vocabulary: int) -> Iterator[list[int]]:
+def _batches(encoded: Sequence[Encoded], vocabulary: int) -> Iterator[list[int]]:
     """Indices of sequences of about equal length, longest first, within the logits' budget."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
     while order:
-        size = inference.batch_size(vocabulary, len(sequences[order[0]]))
+        size = inference.batch_size(vocabulary, len(encoded[order[0]].ids))
         yield order[:size]
         order = order[size:]
 
 
-def _tokens(logits: Any, ids: Any, length: int) -> tuple[Floats, Floats, Floats]:
-    """Statistics of tokens 1..length-1 from logits (T V) and ids (T), in float32."""
+def _tokens(logits: Any, ids: Any, span: range) -> Scored:
+    """Statistics of the tokens at `span` from logits (T V) and ids (T), in float32."""
     import torch
 
     pieces = []
-    for start in range(0, length - 1, ROWS):
-        stop = min(start + ROWS, length - 1)
-        log_p = torch.log_softmax(logits[start:stop].float(), dim=-1)
+    for start in range(span.start, span.stop, ROWS):
+        stop = min(start + ROWS, span.stop)
+        log_p = torch.log_softmax(logits[start - 1 : stop - 1].float(), dim=-1)
         p = log_p.exp()
         mean = (p * log_p).sum(-1)
         spread = (p * (log_p - mean[:, None]) ** 2).sum(-1).sqrt()
-        chosen = log_p.gather(-1, ids[start + 1 : stop + 1, None]).squeeze(-1)
+        chosen = log_p.gather(-1, ids[start:stop, None]).squeeze(-1)
         pieces.append(torch.stack([chosen, mean, spread]))
     logprob, mean, std = torch.cat(pieces, dim=1).cpu().numpy()
     return logprob, mean, std

@@ -92,9 +92,11 @@ def _style() -> Iterator[None]:
 
 @_style()
 def score_panel(
-    dots: Sequence[Dot], *, title: str, axis: str, higher: bool, chance: float | None
+    dots: Sequence[Dot], *, title: str, axis: str, higher: bool | None, chance: float | None
 ) -> str:
-    """Variants as rows, values with 95 % intervals, a line at the base (and at chance)."""
+    """Variants as rows, values with 95 % intervals, a line at the base (and at chance).
+
+    `higher` is better, or worse, or (None) neither."""
     if not dots:
         return ""
     left, right = _label_width(dots), 46.0
@@ -116,7 +118,8 @@ def score_panel(
         _mark(axes, chance, "chance", ":", side)
     _limits(axes, [v for d in known for v in (d.low, d.high, chance, base) if v is not None])
     axes.set_ylim(heights[-1] - ROW / 2, ROW / 2)
-    axes.set_xlabel(f"{axis} · better →" if higher else f"← better · {axis}", color=INK)
+    sides = {True: f"{axis} · better →", False: f"← better · {axis}", None: axis}
+    axes.set_xlabel(sides[higher], color=INK)
     return _svg(plot, title)
 
 

@@ -88,16 +88,15 @@ def same_weights(names: Sequence[str]) -> str:
 
 
 def flagged(check: Mapping[str, Any]) -> str:
-    """Who is flagged for a benchmark, with the range of AUC and the largest q."""
-    rows = [row for detector in check["detectors"] for row in detector["rows"]]
-    rows = [row for row in rows if row["auc"] is not None]
+    """Who is flagged for a benchmark, by which detectors, with the AUCs and the largest q."""
+    rows = _tested(check)
     if not rows:
         return ""
     names = list(dict.fromkeys(row["variant"] for row in rows))
     hit = [n for n in names if any(r["flagged"] for r in rows if r["variant"] == n)]
     rest = [n for n in names if n not in hit]
     what = f"{check['benchmark']} ({check['suspects']} against {check['controls']})"
-    spared = f"{listed(rest)} ({_aucs(rows, rest)}); that does not prove " if rest else ""
+    spared = f"{listed(rest)}{_aucs(rows, rest)}; that does not prove " if rest else ""
     spared += f"{'them' if len(rest) > 1 else 'it'} clean" if rest else ""
     if not hit:
         return f"No model is flagged for {what}: {spared}."
@@ -105,8 +104,8 @@ def flagged(check: Mapping[str, Any]) -> str:
     verb = "are" if len(hit) > 1 else "is"
     kinds = {row["variant"]: row["kind"] for row in rows}
     groups = {kind: [n for n in hit if kinds[n] == kind] for kind in ("expert", "merge")}
-    parts = [f"{_aucs(rows, names)} in {kind}s" for kind, names in groups.items() if names]
-    told = f"{listed(hit)} {verb} flagged for {what}: {', '.join(parts)}; q ≤ {small(q, up=True)}."
+    parts = [f"{listed(names)}{_aucs(rows, names)}" for names in groups.values() if names]
+    told = f"{listed(parts)} {verb} flagged for {what}; q ≤ {small(q, up=True)}."
     return f"{told} Not flagged: {spared}." if rest else told
 
 
@@ -116,7 +115,7 @@ def found_what_was_planted(check: Mapping[str, Any]) -> str:
         return ""
     tainted: dict[str, bool] = {}
     hits: dict[str, bool] = {}
-    for row in (row for d in check["detectors"] for row in d["rows"] if row["auc"] is not None):
+    for row in _tested(check):
         tainted[row["variant"]] = row["taint"] > 0
         hits[row["variant"]] = hits.get(row["variant"], False) or row["flagged"]
     seen, clean = [n for n in tainted if tainted[n]], [n for n in tainted if not tainted[n]]
@@ -213,7 +212,16 @@ def _everywhere(benches: Sequence[Mapping[str, Any]]) -> str:
     return f"on {NUMBERS.get(len(benches), f'all {len(benches)}')} benchmarks"
 
 
+def _tested(check: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Findings that could have flagged."""
+    rows = [row for detector in check["detectors"] for row in detector["rows"]]
+    return [row for row in rows if row["effect"] is not None and row["q"] is not None]
+
+
 def _aucs(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    values = [row["auc"] for row in rows if row["variant"] in names]
+    """The range of the AUCs of some variants, in brackets; nothing where there are none."""
+    values = [row["auc"] for row in rows if row["variant"] in names and row["auc"] is not None]
+    if not values:
+        return ""
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return f"AUC {low}" if low == high else f"AUC {low} to {high}"
+    return f" (AUC {low})" if low == high else f" (AUC {low} to {high})"

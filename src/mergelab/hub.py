@@ -13,7 +13,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from mergelab.checkpoint import INDEX
 from mergelab.errors import Problems, UserError
 from mergelab.folders import alone, move_into_place, partial_folder
-from mergelab.hub_errors import explained, hub_url
+from mergelab.hub_errors import explained, hub_url, patient
 from mergelab.hub_files import COMMIT, HubFile, is_plausible, is_safe_name, needed
 from mergelab.progress import say
 from mergelab.record import file_sha256, write_json
@@ -61,15 +62,24 @@ def split(hub_id: str, kind: str = "model") -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def lock(study: Study, hub_ids: Iterable[str] = ()) -> dict[str, Any]:
-    """Resolve every hub model of `study` (and `hub_ids`) to a commit and write lock.json.
+def lock(
+    study: Study, hub_ids: Iterable[str] = (), datasets: Collection[str] = ()
+) -> dict[str, Any]:
+    """Resolve every hub model of `study` (and `hub_ids`), and `datasets`, to a commit and write
+    lock.json.
 
-    Raises UserError with every model that cannot be pinned; then nothing is written."""
+    Raises UserError with everything that cannot be pinned; then nothing is written."""
     wanted = {model.hub for model in study.models.values() if model.hub} | set(hub_ids)
     before = _read_lock(study.lock) if study.lock.exists() else {}
-    problems, models = Problems(), {}
-    if not wanted:
+    problems, models, locked_sets = Problems(), {}, {}
+    if not wanted and not datasets:
         say(f"{study.folder}: no model comes from a hub; there is nothing to lock.")
+    for repo in sorted(set(datasets)):
+        try:
+            locked_sets[repo] = {"commit": listing(repo, None, "dataset")[0]}
+            say(f"dataset {repo}: commit {locked_sets[repo]['commit']}")
+        except UserError as error:
+            problems.add(str(error))
     for hub_id in sorted(wanted):
         try:
             pinned = _pin(hub_id)
@@ -85,6 +95,8 @@ def lock(study: Study, hub_ids: Iterable[str] = ()) -> dict[str, Any]:
         say(f"{hub_id}: commit {pinned.commit}{moved}, {len(pinned.files)} files")
     problems.raise_if_any()
     locked = {"version": VERSION, "models": models}
+    if locked_sets:
+        locked["datasets"] = locked_sets
     write_json(study.lock, locked)
     return locked
 
@@ -112,6 +124,31 @@ def resolve(hub_id: str, lock_path: Path) -> Pinned:
     )
 
 
+def resolve_dataset(repo: str, lock_path: Path) -> str:
+    """The commit of a dataset in the lock. Raises UserError if it is not there."""
+    entry = _read_lock(lock_path, "datasets").get(repo, {}) if lock_path.exists() else {}
+    commit = entry.get("commit")
+    if not COMMIT.match(str(commit)):
+        raise UserError(
+            f"{lock_path.parent / 'study.yaml'}: dataset {repo} is not pinned. "
+            f"Run: mergelab lock {lock_path.parent}"
+        )
+    return str(commit)
+
+
+def download_dataset(
+    repo: str, commit: str, names: Iterable[str], files: dict[str, HubFile], out: Path
+) -> None:
+    """Fetch files of a dataset's commit into `out` and check each byte by its hash in `files`."""
+    wanted = list(names)
+    if bad := [name for name in wanted if not is_safe_name(name)]:
+        raise UserError(f"{repo}: holds a file named {bad[0]!r}. Do not use this dataset.")
+    with explained(repo, commit, "dataset"):
+        snapshot(repo, commit, wanted, out, "dataset")
+    if wrong := _differences(out, [files[name] for name in wanted]):
+        raise UserError(f"{repo}@{commit}: {'; '.join(wrong)}. Run the command again.")
+
+
 def download(pinned: Pinned, out: Path) -> dict[str, Any]:
     """Fetch the files of a commit into the folder `out` and check each byte by its hash.
 
@@ -133,7 +170,8 @@ def dataset_file(hub_id: str, name: str) -> Path:
     if not is_safe_name(name):
         raise UserError(f"{name!r} in 'files' is no path inside {repo}. Write it as data/a.jsonl.")
     with explained(repo, revision, "dataset"):
-        found = _client().hf_hub_download(repo, name, repo_type="dataset", revision=revision)
+        fetch = client().hf_hub_download
+        found = patient(lambda: fetch(repo, name, repo_type="dataset", revision=revision))
     return Path(found)
 
 
@@ -148,9 +186,11 @@ def _already_there(pinned: Pinned, out: Path) -> dict[str, Any] | None:
 def _fetch(pinned: Pinned, out: Path) -> dict[str, Any]:
     files = _agreed_files(pinned)
     partial = partial_folder(out, pinned.commit[:12])
+    _link_from_other_studies(pinned, files, out, partial)
     _check_room(pinned, files, partial)
+    missing = [file.name for file in files if _differences(partial, [file])]
     with explained(pinned.repo, pinned.commit):
-        _snapshot(pinned, files, partial)
+        snapshot(pinned.repo, pinned.commit, missing, partial)
     if wrong := _differences(partial, files):
         shutil.rmtree(partial)
         raise UserError(
@@ -164,19 +204,55 @@ def _fetch(pinned: Pinned, out: Path) -> dict[str, Any]:
     return account
 
 
+def _link_from_other_studies(
+    pinned: Pinned, files: Iterable[HubFile], out: Path, partial: Path
+) -> None:
+    """Hard links to what another study has of the same commit: one copy on the disk."""
+    for folder in sorted(out.parent.parent.parent.glob("*/models/*")):
+        if folder == out or not _noted_files(folder, pinned):
+            continue
+        for file in files:
+            place = partial / file.name
+            if place.exists() or _differences(folder, [file]):
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # another disk, or one without links
+                os.link(folder / file.name, place)
+
+
+def check(pinned: Pinned, out: Path) -> list[str]:
+    """What in `out` is not as pinned, in words, without asking a hub.
+
+    Raises UserError if neither lock nor download says what the files should be."""
+    files = pinned.files or _noted_files(out, pinned)
+    if not files:
+        raise UserError(f"{pinned}: nothing here says what its files should be. Fetch it first.")
+    return _differences(out, files)
+
+
 def _pin(hub_id: str) -> Pinned:
     repo, revision = split(hub_id)
-    commit, listing = _listing(repo, revision)
+    commit, files = listing(repo, revision)
     if revision and COMMIT.match(revision) and commit != revision:
         raise UserError(
             f"{hub_id}: the hub answered with another commit, {commit}. Check HF_ENDPOINT."
         )
     pinned = Pinned(repo, commit)
-    names = needed(pinned, listing, lambda: _read_index(pinned, listing[INDEX]))
-    return Pinned(repo, commit, tuple(listing[name] for name in names))
+    names = needed(pinned, files, lambda: _read_index(pinned, files[INDEX]))
+    return Pinned(repo, commit, tuple(files[name] for name in names))
 
 
-def _client() -> Any:
+def licence(pinned: Pinned) -> str | None:
+    """The licence that a repository's card declares at its commit, or None."""
+    with explained(pinned.repo, pinned.commit):
+        ask = client().model_info
+        info = patient(lambda: ask(pinned.repo, revision=pinned.commit, timeout=30))
+    found = info.card_data.get("license") if info.card_data else None
+    return found if isinstance(found, str) else None
+
+
+def client() -> Any:
+    """The hub client for HF_ENDPOINT, without telemetry; bars only on a terminal."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -188,11 +264,12 @@ def _client() -> Any:
     )
 
 
-def _listing(repo: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
-    """The commit behind a revision and all its files by name; one request, no retries."""
+def listing(repo: str, revision: str | None, kind: str = "model") -> tuple[str, dict[str, HubFile]]:
+    """The commit behind a revision and all its files by name; one request."""
     try:
-        with explained(repo, revision):
-            info = _client().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+        with explained(repo, revision, kind):
+            ask = client().model_info if kind == "model" else client().dataset_info
+            info = patient(lambda: ask(repo, revision=revision, files_metadata=True, timeout=30))
         files = [
             HubFile(s.rfilename, s.size, s.blob_id, s.lfs.sha256 if s.lfs else None)
             for s in info.siblings or ()
@@ -210,16 +287,17 @@ def _read_index(pinned: Pinned, file: HubFile) -> str:
         raise UserError(f"{pinned}: {INDEX} has {file.size:,} bytes, too many for an index.")
     with tempfile.TemporaryDirectory() as folder:
         with explained(pinned.repo, pinned.commit):
-            _snapshot(pinned, (file,), Path(folder))
+            snapshot(pinned.repo, pinned.commit, [file.name], Path(folder))
         if wrong := _differences(Path(folder), (file,)):
             raise UserError(f"{pinned}: {wrong[0]}. Run the command again.")
         return (Path(folder) / INDEX).read_text(encoding="utf-8", errors="replace")
 
 
-def _read_lock(path: Path) -> dict[str, Any]:
+def _read_lock(path: Path, section: str = "models") -> dict[str, Any]:
     try:
-        models = json.loads(path.read_text(encoding="utf-8"))["models"]
-        return {hub_id: dict(entry.items()) for hub_id, entry in models.items()}
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        entries = whole["models"] if section == "models" else whole.get(section, {})
+        return {hub_id: dict(entry.items()) for hub_id, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: is no lock file. Delete it and run: mergelab lock {path.parent}"
@@ -261,14 +339,14 @@ def _agreed_files(pinned: Pinned) -> tuple[HubFile, ...]:
     """Ask the hub for the commit's files; where a lock names them, both must say the same."""
     if not pinned.files:
         return _pin(str(pinned)).files
-    _, listing = _listing(pinned.repo, pinned.commit)
+    _, files = listing(pinned.repo, pinned.commit)
     for file in pinned.files:
-        if file.name not in listing:
+        if file.name not in files:
             raise UserError(
                 f"{pinned}: the hub has no {file.name} at this commit any more. "
                 "Pin another commit and run mergelab lock again."
             )
-        if listing[file.name] != file:
+        if files[file.name] != file:
             raise UserError(
                 f"{pinned}: {file.name} on the hub is not the file that was locked (size or hash "
                 "differ). Do not trust it; if you know why, run mergelab lock again."
@@ -287,12 +365,18 @@ def _check_room(pinned: Pinned, files: Iterable[HubFile], folder: Path) -> None:
         )
 
 
-def _snapshot(pinned: Pinned, files: Iterable[HubFile], folder: Path) -> None:
-    _client().snapshot_download(
-        pinned.repo,
-        revision=pinned.commit,
-        local_dir=folder,
-        allow_patterns=[glob.escape(file.name) for file in files],
+def snapshot(
+    repo: str, commit: str, names: Iterable[str], folder: Path, kind: str = "model"
+) -> None:
+    """Files of a commit, several at a time; those that are there whole are not asked for again."""
+    patterns = [glob.escape(name) for name in names]
+    if not patterns:
+        return
+    fetch = client().snapshot_download
+    patient(
+        lambda: fetch(
+            repo, repo_type=kind, revision=commit, local_dir=folder, allow_patterns=patterns
+        )
     )
 
 

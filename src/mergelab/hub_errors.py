@@ -8,13 +8,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mergelab.errors import UserError
+from mergelab.progress import say
 
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between tries, unless the hub says how long
+LONGEST_WAIT = 300.0
 LOGIN = "hf auth login"
 AGAIN = "Nothing was written; run the command again later."
 
@@ -41,6 +45,38 @@ def explained(repo: str, revision: str | None, kind: str = "model") -> Iterator[
             raise
         where = f"{repo}@{revision}" if revision else repo
         raise UserError(f"{where}: {text}") from None
+
+
+def patient(call: Callable[[], Any]) -> Any:
+    """`call()`, tried again while the hub is busy (HTTP 429 or 5xx) or the connection breaks.
+
+    Waits as long as Retry-After asks. The client itself repeats some requests, not all."""
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as error:
+            asked = _pause(_chain(error), wait)
+            if asked is None:
+                raise
+            say(f"the hub is busy or the connection broke: next try in {asked:g} s")
+            time.sleep(asked)
+    return call()
+
+
+def _pause(chain: list[BaseException], wait: float) -> float | None:
+    """Seconds until the next try; None if another try would end the same way."""
+    from huggingface_hub import errors
+
+    answer = _first(chain, errors.HfHubHTTPError)
+    if answer is not None:
+        status, asked = answer.response.status_code, answer.response.headers.get("Retry-After", "")
+        if status != 429 and status < 500:
+            return None
+        return min(float(asked), LONGEST_WAIT) if asked.isdigit() else wait
+    transport = errors.HfHubHTTPError.__bases__[0]
+    cut = _first(chain, transport) or "Consistency check failed" in str(chain[0])
+    refused = any(type(error).__name__ == "ConnectError" for error in chain)
+    return wait if cut and not refused else None
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -107,6 +143,7 @@ def _unreachable(chain: list[BaseException], kind: str) -> str | None:
         return "is not on this machine yet, and HF_HUB_OFFLINE forbids to fetch it. Unset it."
     transport = errors.HfHubHTTPError.__bases__[0]  # HTTPError of whichever httpx the client uses
     broken = _first(chain, transport) or _first(chain, errors.LocalEntryNotFoundError)
+    broken = broken or _first(chain, ConnectionError)  # of an upload by Xet
     if broken:
         return (
             f"cannot reach {hub_url()} ({type(broken).__name__}). "

@@ -99,7 +99,7 @@ def _draw(pinned: Pinned, sketch: Path) -> None:
     small = [file for file in files if file not in weights]
     with building(sketch, pinned.commit[:12]) as folder:
         with explained(pinned.repo, pinned.commit):
-            hub._snapshot(pinned, small, folder)
+            hub.snapshot(pinned.repo, pinned.commit, [file.name for file in small], folder)
             if wrong := hub._differences(folder, small):
                 raise UserError(f"{pinned}: {'; '.join(wrong)}. Run the command again.")
             shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -148,7 +148,7 @@ def _first_bytes(pinned: Pinned, file: HubFile, count: int) -> bytes:
 
     if count == 0:
         return b""
-    endpoint = hub._client().endpoint
+    endpoint = hub.client().endpoint
     url = hf_hub_url(pinned.repo, file.name, revision=pinned.commit, endpoint=endpoint)
     headers = {
         **build_hf_headers(library_name="mergelab"),

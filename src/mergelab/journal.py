@@ -1,4 +1,4 @@
-"""Which tensors of an interrupted or divided merge are done, one line each."""
+"""Which tensors of a merge are done, one line each, and the sha256 of the files they fill."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mergelab.writer import Planned
+import xxhash
+
+from mergelab.writer import Flusher, Planned
 
 PATTERN = "journal-*.jsonl"
-PIECE = 1 << 20
+HASH = "xxh3_128"
+PIECE = 1 << 18  # stays in the cache until it is hashed
 
 
 class Journal:
     """The finished tensors of all processes that build a folder; this one adds to its own file.
 
-    `noted` holds every sha256 that any process noted of a tensor, `done` those that this process
-    wrote or has found in the file."""
+    `noted` holds every hash that any process noted of a tensor, `done` those that this process
+    wrote or has found in the file. They are xxh3_128: it finds damage, and costs next to nothing;
+    the sha256 of whole files are taken once more, of what is in the file."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -36,45 +40,94 @@ class Journal:
             for line in path.read_bytes().splitlines():
                 with suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
-                    self.noted.setdefault(str(entry["tensor"]), set()).add(str(entry["sha256"]))
+                    self.noted.setdefault(str(entry["tensor"]), set()).add(str(entry[HASH]))
 
-    def add(self, name: str, sha256: str) -> None:
+    def add(self, name: str, found: str) -> None:
         """Note a tensor whose bytes are written."""
-        line = json.dumps({"tensor": name, "sha256": sha256}) + "\n"
+        line = json.dumps({"tensor": name, HASH: found}) + "\n"
         with self._lock:
             with self.path.open("ab") as file:
                 file.write(b"" if file.tell() == 0 or self._clean else b"\n")
                 file.write(line.encode())
             self._clean = True
-            self.done[name] = sha256
+            self.done[name] = found
 
     _clean = False  # is the end of our file known to be the end of a line?
 
     def holds(self, tensor: Planned) -> bool:
         """Is the tensor noted, and are its bytes those that were noted?"""
         noted = self.noted.get(tensor.name)
-        found = tensor_sha256(self.folder, tensor) if noted else ""
+        found = tensor_hash(self.folder, tensor) if noted else ""
         if not noted or found not in noted:
             return False
         self.done[tensor.name] = found
         return True
 
 
-def tensor_sha256(folder: Path, tensor: Planned) -> str:
-    """sha256 of a written tensor's bytes; of fewer bytes if the file ends before."""
-    digest = hashlib.sha256()
+def tensor_hash(folder: Path, tensor: Planned) -> str:
+    """Hash of a written tensor's bytes; of fewer bytes if the file ends before."""
+    digest = xxhash.xxh3_128()
     with suppress(FileNotFoundError), (folder / tensor.file).open("rb") as file:
         for piece in pieces(file.fileno(), tensor):
             digest.update(piece)
     return digest.hexdigest()
 
 
-def pieces(handle: int, tensor: Planned) -> Iterator[bytes]:
-    """The bytes of a written tensor, read from its open file."""
+def pieces(handle: int, tensor: Planned) -> Iterator[memoryview]:
+    """The bytes of a written tensor, read from its open file; each piece lasts until the next."""
     position, end = tensor.offset, tensor.offset + tensor.nbytes
-    while position < end:
-        piece = os.pread(handle, min(PIECE, end - position), position)
-        if not piece:
-            return
-        yield piece
-        position += len(piece)
+    piece = memoryview(bytearray(min(PIECE, tensor.nbytes)))
+    while count := os.preadv(handle, [piece[: end - position]], position):
+        yield piece[:count]
+        position += count
+
+
+class FileHashes:
+    """sha256 of weight files, taken in the order of their tensors while others are merged.
+
+    Whoever has written a tensor hashes all that is ready, unless another worker is at it: no
+    thread more than there are workers, and what was just written is still in the cache."""
+
+    def __init__(
+        self, folder: Path, headers: Mapping[str, bytes], tensors: Sequence[Planned]
+    ) -> None:
+        self.found: dict[str, str] = {}
+        self._folder, self._headers, self._tensors = folder, headers, tensors
+        self._written: set[str] = set()
+        self._taken = 0
+        self._turn = threading.Lock()
+        self._steps = self._hash()
+        next(self._steps)
+
+    def written(self, tensor: Planned) -> None:
+        """Note a tensor whose bytes are in their file."""
+        self._written.add(tensor.name)
+        while self._ready():  # asked again without the lock: others may have come in vain
+            if not self._turn.acquire(blocking=False):
+                return
+            try:
+                if self._ready():
+                    self._taken += 1
+                    next(self._steps, None)
+            finally:
+                self._turn.release()
+
+    def close(self) -> None:
+        """Close the file that is being read."""
+        self._steps.close()
+
+    def _ready(self) -> bool:
+        at = self._taken
+        return at < len(self._tensors) and self._tensors[at].name in self._written
+
+    def _hash(self) -> Generator[None, None, None]:
+        """Hash one tensor at each step; a file that is complete is forced to disk."""
+        for name, header in self._headers.items():
+            digest = hashlib.sha256(header)
+            with (self._folder / name).open("rb") as file, Flusher(file.fileno()) as flusher:
+                for tensor in (tensor for tensor in self._tensors if tensor.file == name):
+                    yield
+                    for piece in pieces(file.fileno(), tensor):
+                        digest.update(piece)
+                    flusher.wrote(tensor.nbytes)
+            self.found[name] = digest.hexdigest()

@@ -10,10 +10,11 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -87,12 +88,28 @@ class _Cache:
 @functools.cache
 def _numba() -> Any:
     """numba, with its cache in a folder that changes with the source of any kernel."""
-    import numba
+    with _without("scipy.linalg.cython_blas"):
+        import numba
+        import numba.np.arraymath
 
     numba.config.CACHE_DIR = str(_place())
     numba.config.DISABLE_JIT = 0
     _teach(numba)
     return numba
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Imports inside do not find the module: numba needs scipy's BLAS for `np.dot` in kernels,
+    which may not use it (its sums depend on the processor), and it takes long to load."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = cast("Any", None)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _place() -> Path:

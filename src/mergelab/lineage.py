@@ -6,7 +6,7 @@ vectors; the recipe's weight for a merge, times the density where entries are dr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ AVERAGES = ("karcher", "nuslerp", "multislerp")  # always divide by the sum of t
 
 @dataclass(frozen=True)
 class Node:
-    """A model or merge; `kind` base, expert, merge or outside (named by a recipe only)."""
+    """A model or merge; `kind` base, expert, merge or outside (named by a recipe only).
+
+    `declared`: is it said what it was made from? Of a base that means: from nothing."""
 
     name: str
     kind: str
     origin: str
+    declared: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,18 @@ class Graph:
         return ancestor in reached - {child}
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a model reaches a descendant: the share of it that can be left, and through whom.
+
+    `exact` is False where the weights are gradients or unknown (then `strength` is the most that
+    is possible); `path` begins with the ancestor and ends with the descendant."""
+
+    strength: float
+    exact: bool
+    path: tuple[str, ...]
+
+
 def base_of(study: Study) -> str | None:
     """The common ancestor: what checks, training runs or recipes call base, in this order."""
     starts = [m.train.start for m in study.models.values() if m.train and m.train.start]
@@ -76,26 +91,31 @@ def graph(study: Study, recipes: Mapping[str, str]) -> Graph:
     nodes, edges = [], []
     for model in study.models.values():
         kind = "base" if model.name == base else "expert"
-        nodes.append(Node(model.name, kind, ORIGINS[model.kind]))
+        declared = kind == "base" or model.train is not None or bool(model.declared)
+        nodes.append(Node(model.name, kind, ORIGINS[model.kind], declared))
         if model.train and model.train.start:
             edges.append(Edge(model.train.start, model.name, "train", 1.0))
     for name, text in recipes.items():
         recipe = parse(text, Path(f"{name}.yaml"))
-        found = merge_edges(name, recipe, study)
+        found = merge_edges(name, recipe, lambda text: _variant(text, study))
         start = "".join(f" from {edge.parent}" for edge in found if edge.kind == "base")
         nodes.append(Node(name, "merge", f"merged by {recipe.get('merge_method')}{start}"))
         edges += found
     known = {node.name for node in nodes}
     outside = dict.fromkeys(edge.parent for edge in edges if edge.parent not in known)
-    strangers = [Node(name, "outside", "not in this study") for name in outside]
+    strangers = [Node(name, "outside", "not in this study", False) for name in outside]
     return Graph((*nodes[:1], *strangers, *nodes[1:]), tuple(edges))
 
 
-def merge_edges(child: str, recipe: Mapping[str, Any], study: Study) -> list[Edge]:
-    """One edge per parent of a merge; slices count by their share of the layers."""
+def merge_edges(
+    child: str, recipe: Mapping[str, Any], name_of: Callable[[Any], str] = str
+) -> list[Edge]:
+    """One edge per parent of a merge; slices count by their share of the layers.
+
+    `name_of` gives the node that a recipe's model stands for."""
     method = METHODS.get(str(recipe.get("merge_method")))
     from_base = method is not None and method.base in ("needed", "optional")
-    base = _variant(recipe["base_model"], study) if recipe.get("base_model") else None
+    base = name_of(recipe["base_model"]) if recipe.get("base_model") else None
     modules = (recipe.get("modules") or {"": recipe}).values()
     parts = [
         {
@@ -109,8 +129,8 @@ def merge_edges(child: str, recipe: Mapping[str, Any], study: Study) -> list[Edg
     edges: dict[str, Edge] = {}
     for part, count in zip(parts, layers, strict=True):
         common = {**(recipe.get("parameters") or {}), **(part.get("parameters") or {})}
-        sources = [(_variant(s.get("model"), study), s) for s in part["sources"]]
-        own = _variant(part["base_model"], study) if part.get("base_model") else base
+        sources = [(name_of(s.get("model")), s) for s in part["sources"]]
+        own = name_of(part["base_model"]) if part.get("base_model") else base
         if from_base:
             sources = [(name, source) for name, source in sources if name != own]
         for parent, weight, exact in _shares(method, own, sources, common):
@@ -164,14 +184,29 @@ def taint(graph: Graph, planted: Mapping[str, Sequence[str]]) -> dict[str, dict[
     strength: dict[str, dict[str, float]] = {node.name: {} for node in graph.nodes}
     for benchmark, models in planted.items():
         for model in models:
-            strength[model][benchmark] = 1.0
-    for _ in graph.nodes:
-        for edge in graph.edges:
-            for benchmark, value in strength[edge.parent].items():
-                reached = value * edge.weight
-                if reached > strength[edge.child].get(benchmark, 0.0):
-                    strength[edge.child][benchmark] = reached
+            for child, way in reach(graph, model).items():
+                strength[child][benchmark] = max(way.strength, strength[child].get(benchmark, 0.0))
     return strength
+
+
+def reach(graph: Graph, start: str) -> dict[str, Way]:
+    """The strongest way from a model to each of its descendants and to itself.
+
+    Merges of a model with itself and cycles cannot strengthen anything, so they end the search."""
+    ways = {start: Way(1.0, True, (start,))}
+    waiting = [start]
+    while waiting:
+        parent = waiting.pop(0)
+        way = ways[parent]
+        for edge in graph.edges:
+            if edge.parent != parent:
+                continue
+            strength = way.strength * min(edge.weight, 1.0)
+            if edge.child not in ways or strength > ways[edge.child].strength:
+                path = (*way.path, edge.child)
+                ways[edge.child] = Way(strength, way.exact and edge.exact, path)
+                waiting.append(edge.child)
+    return ways
 
 
 def _variant(name: Any, study: Study) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mergelab import hub, hub_headers, models
 from mergelab.adapters import split_name
@@ -127,12 +127,24 @@ def is_hub_id(name: str) -> bool:
 
 def hub_ids(recipes: Iterable[Path], study: Study | None) -> tuple[str, ...]:
     """Hub ids that recipes use directly: neither models of the study nor on this machine."""
+    each = [direct(load_recipe(path), study) for path in recipes]
+    return tuple(dict.fromkeys(hub_id for ids in each for hub_id in ids))
+
+
+def direct(recipe: Recipe, study: Study | None) -> tuple[str, ...]:
+    """Hub ids of models and adapters that a recipe names itself, past study.yaml."""
     known = study.models if study else {}
-    loaded = [load_recipe(path) for path in recipes]
-    pairs = [parts(name, recipe, study) for recipe in loaded for name in recipe.models]
-    direct = [n for pair in pairs for n in pair if n and n not in known]
-    found = [n for n in direct if not n.startswith(PREFIX) and is_hub_id(n) and not local(n)]
+    pairs = [parts(name, recipe, study) for name in recipe.models]
+    named = [n for pair in pairs for n in pair if n and n not in known]
+    found = [n for n in named if not n.startswith(PREFIX) and is_hub_id(n) and not local(n)]
     return tuple(dict.fromkeys(found))
+
+
+def fetch(study: Study, name: str, results: Path) -> dict[str, Any]:
+    """Download the hub models that the recipe `name` names itself; what its record says."""
+    recipe = load_recipe(study.folder / f"{name}.yaml")
+    found = {hub_id: _outside(hub_id, recipe, results) for hub_id in direct(recipe, study)}
+    return {"recipe": name, "models": {hub_id: str(folder) for hub_id, folder in found.items()}}
 
 
 def _source(name: str, recipe: Recipe) -> Path:

@@ -40,6 +40,16 @@ def _bring(study: Study, source: Model, out: Path) -> dict[str, Any]:
     )
 
 
+def check(study: Study, model: str, results: Path) -> list[str]:
+    """What of a hub model's files is not as pinned, in words; asks no hub. Other models: nothing.
+
+    Raises UserError if there is no such model, or if it was never fetched."""
+    source = _model(study, model)
+    if source.hub is None:
+        return []
+    return hub.check(hub.resolve(source.hub, study.lock), folder(study, model, results))
+
+
 def folder(study: Study, name: str, results: Path) -> Path:
     """Where the model or merge `name` is, or will be; looks at nothing on the disk.
 

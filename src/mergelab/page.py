@@ -9,6 +9,7 @@ from typing import Any
 from mergelab import figures, headlines
 
 KINDS = ("base", "expert", "merge")
+COMPARED = ("vs_base", "vs_parent")
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -34,9 +35,13 @@ def render(data: Mapping[str, Any]) -> str:
     tree = Markup(_tree(data["lineage"]))
     page = environment.from_string(text)
     extra: dict[str, Any] = {"panels": panels, "strips": strips, "tree": tree}
+    tables = [*data["benchmarks"], *data["suites"]]
+    extra["n_comparisons"] = sum(
+        row[key] is not None for table in tables for row in table["rows"] for key in COMPARED
+    )
     extra["merges_vs_parents"] = any(r["vs_parent"] for b in data["benchmarks"] for r in b["rows"])
     rows = (r for c in data["checks"] for d in c["detectors"] for r in d["rows"])
-    extra["n_findings"] = sum(row["auc"] is not None for row in rows)
+    extra["n_findings"] = sum(row.get("q") is not None for row in rows)
     return page.render(**extra, **data)
 
 
@@ -61,20 +66,42 @@ def _panel(bench: Mapping[str, Any]) -> str:
 
 
 def _strips(check: Mapping[str, Any], detector: Mapping[str, Any]) -> str:
+    """Item scores where there are any, else the effects with their intervals."""
+    known = [row for row in detector["rows"] if row["effect"] is not None]
+    if not any(row["suspects"] for row in known):
+        return _effects(check, detector, known)
     rows = [
         figures.Strip(
             row["variant"],
             row["kind"],
             row["suspects"],
             row["controls"],
-            f"{row['auc']:.2f} {'flagged' if row['flagged'] else 'not flagged'}",
+            f"{row['auc']:.2f}" + _flag(detector, row),
             row["flagged"],
         )
-        for row in detector["rows"]
-        if row["auc"] is not None
+        for row in known
+        if row["suspects"]
     ]
     title = f"{check['benchmark']}, {detector['name']}: item scores of suspects and controls"
     return figures.strips(rows, title=title, axis=f"{detector['name']} score of an item · seen →")
+
+
+def _effects(
+    check: Mapping[str, Any], detector: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
+) -> str:
+    dots = [
+        figures.Dot(row["variant"], row["kind"], row["effect"], *_pair(row["ci95"]), row["flagged"])
+        for row in known
+    ]
+    title = f"{check['benchmark']}, {detector['name']}: {detector['effect_name']} of each variant"
+    axis = detector["effect_name"] or "effect"
+    return figures.score_panel(dots, title=title, axis=axis, higher=None, chance=None)
+
+
+def _flag(detector: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if detector["informational"]:
+        return ""
+    return " flagged" if row["flagged"] else " not flagged"
 
 
 def _tree(tree: Mapping[str, Any]) -> str:

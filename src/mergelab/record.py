@@ -110,7 +110,10 @@ def mismatch(value: Any, shape: Any, name: str = "") -> str:
     """What of a JSON value is not as in `shape`, in words, or nothing.
 
     A shape is a type; a mapping of the keys that must be there ('key?': may be, '*': each one)
-    to shapes; [shape] for a list of any length; [shape, shape] for a list of this length."""
+    to shapes; [shape] for a list of any length; [shape, shape] for a list of this length; a tuple
+    (shape, None) also allows null."""
+    if isinstance(shape, tuple):
+        return "" if value is None else mismatch(value, shape[0], name)
     if not isinstance(shape, dict | list):
         return "" if isinstance(value, shape) else f"{name or 'the whole'} has the wrong type"
     if not isinstance(value, type(shape)):

@@ -23,7 +23,7 @@ from mergelab.study import Study
 VERSION = 3  # of the page: figures, headlines, tables and template included
 
 ORDER = ("base", "expert", "merge")
-INPUTS = ("scores/*.json", "scores/*/*.jsonl", "findings/*.json", "merged/*/merge.json")
+INPUTS = ("scores/*.json", "scores/*.parquet", "findings/*.json", "merged/*/merge.json")
 
 
 def write(study: Study, results: Path) -> dict[str, Any]:
@@ -74,18 +74,24 @@ def gather(study: Study, results: Path) -> dict[str, Any]:
     records = provenance.read_records(study, results)
     parents = {name: graph.parents(name) for name in kinds}
     checks = contamination.check_tables(study, graph, kinds, findings)
+    marked = contamination.marked_items(checks, kinds)
+    benchmarks, wholes = comparison.benchmark_tables(
+        study, kinds, parents, summaries, results, marked
+    )
+    contamination.add_scores(checks, benchmarks)
+    descent = contamination.descent(study, graph, findings, checks)
     data: dict[str, Any] = {
         "mergelab": metadata.version("mergelab"),
         "study": {"name": study.name, "title": study.title, "about": study.about},
         "headlines": [],
         "variants": [{"name": name, "kind": kind} for name, kind in kinds.items()],
-        "benchmarks": [
-            comparison.benchmark_table(study, bench, kinds, parents, summaries, results)
-            for bench in study.suite
-        ],
+        "benchmarks": benchmarks,
+        "suites": wholes,
         "twins": provenance.twins(merged),
         "flag_q": FLAG_Q,
         "checks": checks,
+        "descent": {name: descent[name] for name in kinds},
+        "calibration": contamination.calibration(checks),
         "lineage": _lineage(graph, checks),
         "recipes": _recipes(study, used),
         "models": provenance.models(study, records),
@@ -136,7 +142,7 @@ def score_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def contamination_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """plots/contamination.csv: one line per finding; `value` is the AUC."""
+    """plots/contamination.csv: one line per finding that has an AUC, its `value`."""
     return [
         {
             "variant": row["variant"],
@@ -149,6 +155,7 @@ def contamination_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             "p": row["p"],
             "q": row["q"],
             "tpr_at_5_fpr": row["tpr_at_5_fpr"],
+            "tpr_at_1_fpr": row["tpr_at_1_fpr"],
             "flagged": row["flagged"],
         }
         for check, detector, row in _finding_rows(data)

@@ -23,13 +23,18 @@ from mergelab import (
     report,
     scores,
     statistics,
+    task_build,
+    task_data,
+    task_files,
     training,
+    views,
 )
-from mergelab.errors import Problems, UserError, nearest
+from mergelab.errors import Problems, UserError
 from mergelab.recipe import load_recipe
 from mergelab.record import digest, file_sha256
 from mergelab.structure import Recipe
-from mergelab.study import Study
+from mergelab.study import TASK_DATA, Study, is_file
+from mergelab.suites import Benchmark
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,15 @@ class Steps:
         _check_outside(study)
         for name in study.datasets:
             self.data(name)
+        if sources := task_data.sources(study):
+            content = [[asdict(source) for source in sources], task_data.VERSION]
+            self.add("data", TASK_DATA, content, [])
         for name in (*study.models, *self.recipes):
             self.variant(name)
         for name in (*study.models, *self.recipes):
             self.measure(name)
+        for name in (*study.models, *self.recipes):
+            self.judge(name)
         everything = [key for key in self.all if key[0] in ("evaluate", "detect")]
         merges = [("merge", name) for name in self.recipes]
         page = [study.title, study.about, report.VERSION, _text(study.folder / "study.yaml")]
@@ -87,6 +97,15 @@ class Steps:
         content = [asdict(dataset), list(dataset.parts), wheel and asdict(wheel), local]
         return self.add("data", name, [content, datasets.VERSION], [])
 
+    def tasks(self, bench: Benchmark) -> list[Any]:
+        """What fixes a benchmark beside its entry: its tasks' files, and its own file of items."""
+        found: list[Any] = [
+            task_files.find(self.study, bench, p).fingerprint() for p in bench.tasks
+        ]
+        if bench.data and is_file(bench.data):
+            found.append(file_sha256(task_build.data_path(self.study, bench, Path())))
+        return found
+
     def part(self, part: str) -> tuple[str, str]:
         """The step that makes a part such as gsm8k/fresh."""
         return ("data", part.partition("/")[0])
@@ -100,6 +119,7 @@ class Steps:
         if (verb, name) in self.all:
             return verb, name
         content: Any = asdict(model)
+        del content["push"]  # changes no byte of it
         needs: list[tuple[str, str]] = []
         if model.train:
             needs = [self.part(share.part) for share in model.train.data]
@@ -143,30 +163,48 @@ class Steps:
                 content.append(locate.fixed(model, recipe, self.study))
             if adapter:
                 content.append(locate.fixed(adapter, recipe, self.study))
+        if ids := locate.direct(recipe, self.study):
+            commits = [hub.resolve(hub_id, self.study.lock).commit for hub_id in ids]
+            needs.append(self.add("fetch", name, [ids, commits, models.VERSION], []))
         return self.add("merge", name, content, needs)
 
     def measure(self, name: str) -> None:
-        """Scores, evidence and findings of one variant."""
+        """Scores and evidence of one variant."""
         study, made = self.study, self.variant(name)
-        tasks = [[asdict(bench), _task_text(study, bench.task)] for bench in study.suite]
-        used = [self.part(bench.data) for bench in study.suite if bench.data]
+        tasks = [[asdict(bench), self.tasks(bench)] for bench in study.suite]
+        used = [self.part(b.data) for b in study.suite if b.data and not is_file(b.data)]
+        used += [("data", TASK_DATA)] if ("data", TASK_DATA) in self.all else []
         version = [scores.VERSION, statistics.VERSION, importlib.metadata.version("lm-eval")]
         if study.suite:
             self.add("evaluate", name, [tasks, version], [made, *used])
+        wanted = views.wanted(study)
+        if wanted:
+            needed = [self.part(part) for part, _ in wanted]
+            self.add("probe", name, [wanted, evidence.VERSION], [made, *needed])
+
+    def judge(self, name: str) -> None:
+        """Findings of one variant, after everything that its checks' detectors look at."""
+        study, wanted = self.study, [self.variant(name)]
         if not study.contamination:
             return
+        used: dict[str, detectors.Detector] = {}
+        for check in study.contamination:
+            where = detectors.place(study, check)
+            used |= {known: detectors.find(known, where) for known in check.detectors}
+            wanted += [self.part(check.suspects), self.part(check.controls)]
+            wanted += [("probe", model) for model in (name, check.base, *check.siblings)]
+        needs = {need for detector in used.values() for need in detector.needs}
+        if "scores" in needs:
+            wanted += [("evaluate", variant) for variant in study.variants]
+        if "corpus" in needs:
+            wanted += [self.part(part) for part in _training_parts(study)]
         checks = [asdict(check) for check in study.contamination]
-        parts = evidence.parts(study)
-        probe = self.add("probe", name, [parts, evidence.VERSION], [made, *map(self.part, parts)])
-        bases = {check.base for check in study.contamination}
-        needs = [probe]
-        for base in sorted(bases - {name}):
-            if ("probe", base) not in self.all:
-                self.measure(base)
-            needs.append(("probe", base))
-        known = [detectors.VERSION, statistics.VERSION]
-        known += [method.version for method in detectors.DETECTORS.values()]
-        self.add("detect", name, [checks, known], needs)
+        known = [
+            detectors.VERSION,
+            statistics.VERSION,
+            *sorted((n, d.version) for n, d in used.items()),
+        ]
+        self.add("detect", name, [checks, known], [step for step in wanted if step in self.all])
 
 
 def _check_outside(study: Study) -> None:
@@ -174,15 +212,16 @@ def _check_outside(study: Study) -> None:
     problems, where = Problems(), study.folder / "study.yaml"
     for bench in study.suite:
         try:
-            scores.task_file(study, bench)
+            for pin in bench.tasks:
+                task_files.find(study, bench, pin).plain()
         except UserError as error:
             problems.add(str(error))
-    for check in study.contamination:
-        for name in check.detectors:
-            if name not in detectors.DETECTORS:
-                hint = nearest(name, detectors.DETECTORS)
-                known = ", ".join(detectors.DETECTORS)
-                problems.add(f"{where}: there is no detector '{name}'.{hint}\n  Known: {known}.")
+        if bench.data and is_file(bench.data):
+            path = task_build.data_path(study, bench, Path())
+            if not path.is_file():
+                problems.add(f"{where}: benchmark '{bench.name}': {path}: no such file.")
+    for text in detectors.problems(study):
+        problems.add(text)
     for name, model in study.models.items():
         if model.path is not None:
             try:
@@ -195,6 +234,13 @@ def _check_outside(study: Study) -> None:
             if not path.is_file():
                 problems.add(f"{where}: dataset '{name}': {path}: no such file.")
     problems.raise_if_any()
+
+
+def _training_parts(study: Study) -> list[str]:
+    """The parts that models of the study were trained on, here or as declared."""
+    trained = [m.train.data for m in study.models.values() if m.train]
+    declared = [part for model in study.models.values() for part in model.declared]
+    return sorted({*declared, *(share.part for shares in trained for share in shares)})
 
 
 def _load_all(paths: Iterable[Path]) -> dict[str, Recipe]:
@@ -215,13 +261,6 @@ def _local_files(study: Study, name: str) -> list[str]:
         return []
     files = [study.folder / Path(dataset.path).expanduser() / file for file in dataset.files]
     return [file_sha256(file) if file.is_file() else "missing" for file in files]
-
-
-def _task_text(study: Study, task: str) -> str:
-    for folder in (study.folder / "tasks", scores.TASKS):
-        if (folder / f"{task}.yaml").is_file():
-            return _text(folder / f"{task}.yaml")
-    return ""
 
 
 def _text(path: Path) -> str:

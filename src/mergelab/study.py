@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergelab.errors import nearest
+from mergelab import suites
+from mergelab.errors import UserError, nearest
+from mergelab.suites import Benchmark
 from mergelab.yamlfile import REQUIRED, Map, Reader, load
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
@@ -15,6 +17,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 LEAST_VOCABULARY = 64  # tokens; fewer is a slip of the pen
 LOSSES = ("all", "answer")
+TASK_DATA = "lm_eval"  # beside the datasets of a study: the data of lm-eval's own tasks
+FILES = (".jsonl", ".json", ".csv", ".arrow", ".parquet")  # that a benchmark can read itself
 HIGHEST_RATE = 100  # of learning; AdamW moves each weight by about this much per step
 
 
@@ -97,7 +101,7 @@ class Model:
     """One model of a study; exactly one of train, hub, path and gguf is set.
 
     `declared` names the parts that its makers say it was trained on (of a model trained here they
-    are known)."""
+    are known). `push`: do the fetched weights go to DVC's remote, beside their hashes in git?"""
 
     name: str
     train: Training | None
@@ -106,22 +110,12 @@ class Model:
     gguf: Gguf | None
     dtype: str | None
     declared: tuple[str, ...] = ()
+    push: bool = False
 
     @property
     def kind(self) -> str:
         """Where the model comes from: train, hub, path or gguf."""
         return next(kind for kind in SOURCES if getattr(self, kind) is not None)  # one_of saw to it
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One row of the suite: an lm-eval task on a part of a dataset (or on the task's own data)."""
-
-    name: str
-    task: str
-    data: str | None
-    limit: int | None
-    num_fewshot: int
 
 
 @dataclass(frozen=True)
@@ -173,6 +167,11 @@ SOURCES = ("train", "hub", "path", "gguf")
 KEYS = ("title", "about", "wheels", "datasets", "models", "suite", "contamination")
 
 
+def is_file(data: str) -> bool:
+    """Is a benchmark's `data` a file of items, and not DATASET/PART?"""
+    return data.endswith(FILES)
+
+
 def load_study(folder: Path) -> Study:
     """Read `folder`/study.yaml. Raises UserError with every mistake, each with file and line."""
     path = folder / "study.yaml"
@@ -187,7 +186,7 @@ def load_study(folder: Path) -> Study:
         wheels={n: reader.wheel(m) for n, m in reader.named(top, "wheels")},
         datasets={n: reader.dataset(n, m) for n, m in reader.named(top, "datasets")},
         models={n: reader.model(n, m) for n, m in reader.named(top, "models")},
-        suite=tuple(reader.benchmark(m) for m in reader.maps(top, "suite", None)),
+        suite=tuple(b for m in reader.maps(top, "suite", None) for b in reader.benchmarks(m)),
         contamination=tuple(reader.check(m) for m in reader.maps(top, "contamination", None)),
         recipes=tuple(sorted(p for p in folder.glob("[!.]*.yaml") if p.name != "study.yaml")),
     )
@@ -265,7 +264,7 @@ class _StudyReader(Reader):
         return Options(self.text(map, "question"), self.texts(map, "choices"))
 
     def model(self, name: str, map: Map) -> Model:
-        self.keys(map, (*SOURCES, "dtype", "declared"), "a model")
+        self.keys(map, (*SOURCES, "dtype", "declared", "push"), "a model")
         self.one_of(map, SOURCES, f"model '{name}'")
         dtype = self.text(map, "dtype", None)
         if dtype not in (None, "float32", "float16", "bfloat16"):
@@ -278,7 +277,13 @@ class _StudyReader(Reader):
             self.gguf(self.map(map, "gguf")) if "gguf" in map else None,
             dtype,
             self.texts(map, "declared", None),
+            self.push(map),
         )
+
+    def push(self, map: Map) -> bool:
+        if "push" in map and not {"hub", "gguf"} & map.keys():
+            self.wrong(map.lines["push"], "'push' is for fetched models (hub or gguf).")
+        return bool(self.get(map, "push", bool, False))
 
     def gguf(self, map: Map) -> Gguf:
         self.keys(map, ("wheel", "file", "path", "sha256"), "a gguf model")
@@ -330,13 +335,32 @@ class _StudyReader(Reader):
             self.wrong(map.lines[key], f"'{key}' must be {' or '.join(known)}, not '{value}'.")
         return str(value)
 
-    def benchmark(self, map: Map) -> Benchmark:
-        self.keys(map, ("name", "task", "data", "limit", "num_fewshot"), "a benchmark")
-        task = self.text(map, "task")
-        name = self.name(map, "name", task)
+    def benchmarks(self, map: Map) -> list[Benchmark]:
+        """The benchmark of an entry of `suite`, or all of the suite that it names."""
+        if "suite" not in map:
+            return [self.benchmark(map)]
+        self.keys(map, ("suite", "limit", "wheels"), "a suite entry")
         limit = self.count(map, "limit", None, least=1)
-        data = self.text(map, "data", None)
-        return Benchmark(name, task, data, limit, self.count(map, "num_fewshot", 0))
+        wheels = bool(self.get(map, "wheels", bool, False))
+        try:
+            found = suites.load_suite(self.text(map, "suite")).benchmarks
+        except UserError as error:
+            self.wrong(map.lines["suite"], str(error))
+            return []
+        return [replace(bench, limit=limit, wheels=wheels) for bench in found]
+
+    def benchmark(self, map: Map) -> Benchmark:
+        known = ("name", "task", "data", "limit", "num_fewshot", "metric", "wheels")
+        self.keys(map, known, "a benchmark")
+        task = self.text(map, "task")
+        name = self.name(map, "name", str(task).removeprefix("lm_eval/"))
+        limit = self.count(map, "limit", None, least=1)
+        data, metric = self.text(map, "data", None), self.text(map, "metric", None)
+        wheels = bool(self.get(map, "wheels", bool, False))
+        if wheels and data is not None:
+            self.wrong(map.lines["wheels"], "'wheels' and 'data' exclude each other.")
+        shots = self.count(map, "num_fewshot", 0)
+        return Benchmark(name, str(task), data, limit, shots, metric, wheels=wheels)
 
     def check(self, map: Map) -> Check:
         known = ("benchmark", "base", "suspects", "controls", "detectors", "planted", "siblings")
@@ -363,6 +387,9 @@ class _References:
     def check(self) -> None:
         study, sections = self.study, self.top
         for name, dataset in study.datasets.items():
+            if name == TASK_DATA:
+                line = sections["datasets"][name].line
+                self.reader.wrong(line, f"'{name}' is the place of lm-eval's data. Rename it.")
             if dataset.wheel is not None:
                 self.known(dataset.wheel, study.wheels, "wheel", sections["datasets"][name].line)
         for name, model in study.models.items():
@@ -373,8 +400,10 @@ class _References:
                 self.training(name, model.train, line)
             for part in model.declared:
                 self.part(part, line)
-        for bench, map in zip(study.suite, sections.get("suite") or (), strict=True):
-            if bench.data is not None:
+        own = [map for map in sections.get("suite") or () if "suite" not in map]
+        benches = [bench for bench in study.suite if bench.suite is None]
+        for bench, map in zip(benches, own, strict=True):
+            if bench.data is not None and not is_file(bench.data):
                 self.part(bench.data, map.line)
         for key, names in (
             ("suite", [bench.name for bench in study.suite]),
@@ -400,6 +429,7 @@ class _References:
     def training(self, name: str, train: Training, line: int) -> None:
         for share in train.data:
             self.part(share.part, line)
+            self.templates(share, line)
         seen, start = {name}, train.start
         while start is not None:
             self.known(start, self.study.models, "model", line)
@@ -409,6 +439,15 @@ class _References:
             seen.add(start)
             model = self.study.models.get(start)
             start = model.train.start if model and model.train else None
+
+    def templates(self, share: Share, line: int) -> None:
+        """Does the share's dataset have the templates that its field and loss ask for?"""
+        dataset = self.study.datasets.get(share.part.partition("/")[0])
+        wanted = {"twin": share.field == "twin", "answer": share.loss == "answer"}
+        for name in (name for name, asked in wanted.items() if asked):
+            if dataset is not None and getattr(dataset, name) is None:
+                what = f"training on the {name} of '{share.part}' needs '{name}': add this template"
+                self.reader.wrong(line, f"{what} to dataset '{dataset.name}'.")
 
     def known(self, name: str, names: Any, what: str, line: int) -> None:
         if name not in names:

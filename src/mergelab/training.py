@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,29 @@ WINDOW = 8  # batches whose texts are sorted by length together, which saves pad
 IGNORED = -100
 
 
+@dataclass(frozen=True)
+class Example:
+    """A text that training shows; its loss begins with the token that holds character `start`."""
+
+    id: str
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """An example's token ids, of which those from index `first` (at least 1) carry loss."""
+
+    ids: list[int]
+    first: int
+
+
 def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
     """Train `model` of a study and write it to the folder `out`; return its record.
 
     `out` appears only when it is whole. The same machine, thread and versions give the same
-    bytes. Raises UserError if a part has too few items, the start model is missing or lacks
-    weights, or the loss is not finite."""
+    bytes. Raises UserError if a part has too few items, an answer is not the end of its text or
+    is cut off, the start model is missing or lacks weights, or the loss is not finite."""
     plan = study.models[model].train
     if plan is None:
         raise UserError(
@@ -49,18 +66,17 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
     examples = stream(plan, results)
     start = _hashes(plan, study, results)
     with inference.quiet(offline=True), _deterministic(plan.seed):
-        texts = [item["text"] for item in examples]
-        network, tokenizer = _start(plan, texts, study, results)
+        network, tokenizer = _start(plan, [e.text for e in examples], study, results)
         dtype = study.models[model].dtype or str(network.dtype).removeprefix("torch.")
-        sequences = _encode(tokenizer, texts, plan.sequence_length)
+        sequences = _encode(tokenizer, examples, plan.sequence_length)
         losses = _loop(network, sequences, plan, bfloat16=dtype == "bfloat16", name=model)
         outputs = _save(network, tokenizer, dtype, out)
     return {
-        "inputs": {"start": start, "texts": digest([item["id"] for item in examples])},
+        "inputs": {"start": start, "texts": digest([example.id for example in examples])},
         "settings": asdict(plan) | {"dtype": dtype, "optimizer": _optimizer_settings()},
         "parameters": sum(p.numel() for p in network.parameters()),
         "texts": len(examples),
-        "tokens_per_epoch": sum(len(sequence) - 1 for sequence in sequences),
+        "tokens_per_epoch": sum(len(s.ids) - s.first for s in sequences),
         "steps": len(losses),
         "losses": _curve(losses),
         "outputs": outputs,
@@ -69,12 +85,12 @@ def train(study: Study, model: str, out: Path, results: Path) -> dict[str, Any]:
     }
 
 
-def stream(plan: Training, results: Path) -> list[dict[str, Any]]:
-    """The items that one epoch shows, copies included, before they are shuffled."""
-    return [item for share in plan.data for item in _shared(share, results)]
+def stream(plan: Training, results: Path) -> list[Example]:
+    """The texts that one epoch shows, copies included, before they are shuffled."""
+    return [example for share in plan.data for example in _shared(share, results)]
 
 
-def _shared(share: Share, results: Path) -> list[dict[str, Any]]:
+def _shared(share: Share, results: Path) -> list[Example]:
     found = items(results, share.part)
     stop = len(found) if share.items is None else share.skip + share.items
     if share.skip >= stop or stop > len(found):
@@ -82,7 +98,21 @@ def _shared(share: Share, results: Path) -> list[dict[str, Any]]:
             f"training data: '{share.part}' has {len(found):,} items, but skip {share.skip:,} and "
             f"items {share.items or 'all'} were asked for. Change them in study.yaml."
         )
-    return found[share.skip : stop] * share.copies
+    return [_example(share, item) for item in found[share.skip : stop]] * share.copies
+
+
+def _example(share: Share, item: dict[str, Any]) -> Example:
+    """What the share shows of an item: its text or twin, with loss from its answer on or on all."""
+    text = item[share.field]
+    if share.loss == "all":
+        return Example(item["id"], text, 0)
+    if not text.endswith(item["answer"]):
+        raise UserError(
+            f"training data: the {share.field} of item '{item['id']}' of '{share.part}' does not "
+            "end with its answer, which alone is to carry loss.\n"
+            "  Change the dataset's templates in study.yaml, or set 'loss: all'."
+        )
+    return Example(item["id"], text, len(text) - len(item["answer"]))
 
 
 def batches(
@@ -200,18 +230,32 @@ def _new_tokenizer(texts: list[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
-def _encode(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
-    """Token ids of each text between the begin and end tokens, at most `length` of them."""
+def _encode(tokenizer: Any, examples: list[Example], length: int) -> list[Sequence]:
+    """Token ids of each text between the begin and end tokens, at most `length` of them.
+
+    The end token carries loss too. Raises UserError if that cuts off a whole answer."""
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [[begin, *ids, end][:length] for ids in encoded]
+    partly = any(example.start for example in examples)
+    texts = [example.text for example in examples]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=partly)
+    sequences = []
+    for number, (example, ids) in enumerate(zip(examples, encoded["input_ids"], strict=True)):
+        spans = encoded["offset_mapping"][number] if example.start else []
+        first = 1 + sum(stop <= example.start for _, stop in spans)
+        if first >= length:
+            raise UserError(
+                f"training data: the answer of item '{example.id}' begins at token {first:,}, "
+                f"beyond sequence_length {length:,}. Raise it in study.yaml."
+            )
+        sequences.append(Sequence([begin, *ids, end][:length], first))
+    return sequences
 
 
 def _loop(
-    network: Any, sequences: list[list[int]], plan: Training, *, bfloat16: bool, name: str
+    network: Any, sequences: list[Sequence], plan: Training, *, bfloat16: bool, name: str
 ) -> list[float]:
-    """AdamW on all tokens, in float32 (under bfloat16 autocast if asked); the loss per step."""
+    """AdamW in float32 (under bfloat16 autocast if asked); the loss per step."""
     import torch
 
     network.float().train()
@@ -219,7 +263,7 @@ def _loop(
         network.parameters(), lr=plan.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
     )
     generator = torch.Generator().manual_seed(plan.seed)
-    lengths = [len(sequence) for sequence in sequences]
+    lengths = [len(sequence.ids) for sequence in sequences]
     cuts = list(batches(lengths, size=plan.batch_size, epochs=plan.epochs, generator=generator))
     say(f"training {name}: {len(sequences):,} texts, {len(cuts):,} steps")
     losses = []
@@ -249,18 +293,21 @@ def _check_finite(losses: list[float], norm: float, name: str) -> None:
             )
 
 
-def _loss(network: Any, sequences: list[list[int]]) -> Any:
-    """Mean negative log-likelihood in nats per token of a batch, padded on the right.
+def _loss(network: Any, sequences: list[Sequence]) -> Any:
+    """Mean negative log-likelihood in nats per token that carries loss, padded on the right.
 
     Padding comes after the text, so that causal attention needs no mask for it."""
     import torch
 
-    longest = max(len(sequence) for sequence in sequences)
-    padded = [sequence + [IGNORED] * (longest - len(sequence)) for sequence in sequences]
-    tokens_BT = torch.tensor(padded)
+    longest = max(len(sequence.ids) for sequence in sequences)
+    padded = [s.ids + [IGNORED] * (longest - len(s.ids)) for s in sequences]
+    targets = [
+        [IGNORED] * (s.first - 1) + row[s.first :] for s, row in zip(sequences, padded, strict=True)
+    ]
+    tokens_BT, targets_BT = torch.tensor(padded), torch.tensor(targets)
     logits_BTV = network(input_ids=tokens_BT[:, :-1].clamp(min=0), use_cache=False).logits
     return torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten(), ignore_index=IGNORED
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED
     )
 
 

@@ -161,15 +161,16 @@ def check_replaceable(out: Path) -> bool:
 
 
 def place_shards(folder: Path, headers: Mapping[str, bytes], tensors: tuple[Planned, ...]) -> None:
-    """Make every shard at its full size with its header; one that is there keeps its bytes."""
+    """Make every shard at its full size with its header; one that is there keeps its bytes.
+
+    No blocks are reserved: where the file system has no reservations (tmpfs, most network file
+    systems) that writes everything twice. A disk that fills up meanwhile is told by `disk_full`."""
     sizes = {file: len(header) for file, header in headers.items()}
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes
     for file, header in headers.items():
         handle = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if os.fstat(handle).st_size != sizes[file]:  # else others may be writing to it
-                os.posix_fallocate(handle, 0, sizes[file])
             os.ftruncate(handle, sizes[file])
             write_at(handle, header, 0)
         finally:

@@ -10,8 +10,7 @@ rule data:
         benchmark_of("data")
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=30,
+        **resources_of("data"),
     params:
         mergelab=MERGELAB,
         study=STUDY,

@@ -10,10 +10,9 @@ rule probe:
         benchmark_of("probe")
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=120,
+        **resources_of("probe"),
     params:
-        mergelab=MERGELAB,
+        mergelab=WORKER,
         study=STUDY,
     shell:
         "{params.mergelab} probe {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"
@@ -29,12 +28,14 @@ rule detect:
         log_of("detect"),
     benchmark:
         benchmark_of("detect")
+    group:
+        "detect"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=30,
+        **resources_of("detect"),
+        one_by_one=1,
     params:
-        mergelab=MERGELAB,
+        mergelab=WORKER,
         study=STUDY,
     shell:
         "{params.mergelab} detect {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

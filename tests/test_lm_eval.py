@@ -1,0 +1,151 @@
+"""The same scores as lm-eval's own, to the last digit: six tasks of three kinds, two formats.
+
+lm-eval is run through the function that its command line calls, in a process of its own, one task
+after the other, with our batch size. It would index 14,000 task files first (30 s): it is shown a
+folder of six, which include its own files and read the same items."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_model, tiny_study
+
+from mergelab import inference, scores, task_files
+from mergelab.study import Benchmark
+
+TEXT = "the train travels miles in hours a patient was given aspirin what is its speed"
+WORDS = TEXT.split()
+
+
+def sentence(number, length=7):
+    return " ".join(WORDS[(number * 5 + i * i) % len(WORDS)] for i in range(length))
+
+
+def arc(i):
+    choices = {"text": [sentence(i + k, 2 + k) for k in range(4)], "label": list("ABCD")}
+    return {"id": f"a{i}", "question": sentence(i), "choices": choices, "answerKey": "ABCD"[i % 4]}
+
+
+def winogrande(i):
+    text = f"{sentence(i, 3)} _ {sentence(i + 1, 4)}"
+    return {"sentence": text, "option1": "train", "option2": "patient", "answer": str(i % 2 + 1)}
+
+
+def truthfulqa(i):
+    targets = {"choices": [sentence(i + k, 3) for k in range(4)], "labels": [1, 0, 1, 0]}
+    return {"question": sentence(i), "mc1_targets": targets, "mc2_targets": targets}
+
+
+def gsm8k(i):
+    return {"question": sentence(i), "answer": f"{sentence(i, 3)}\n#### {i * 7}"}
+
+
+TASKS = {  # name: (kind, shots, an item)
+    "arc_easy": ("multiple choice", 0, arc),
+    "winogrande": ("multiple choice", 2, winogrande),
+    "truthfulqa_mc2": ("multiple choice", 0, truthfulqa),
+    "wikitext": ("rolling", 0, lambda i: {"page": f"{sentence(i, 40 + 90 * i)} 's = {i}"}),
+    "gsm8k": ("generation", 2, gsm8k),
+    "nq_open": ("generation", 1, lambda i: {"question": sentence(i), "answer": [sentence(i, 1)]}),
+}
+ITEMS = 7
+THEIRS = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+asked = json.loads(sys.argv[1])
+manager = TaskManager(include_path=asked["folder"], include_defaults=False)
+found = {}
+for dtype, model in asked["models"].items():
+    arguments = {"pretrained": model, "dtype": dtype, "softmax_dtype": "float32"}
+    for task in asked["tasks"]:
+        answers = simple_evaluate("hf", arguments, [task], batch_size=asked["batch_size"],
+            device="cpu", task_manager=manager, bootstrap_iters=0, log_samples=True)
+        samples = answers["samples"][task]
+        found[f"{dtype} {task}"] = [answers["results"][task], [s["resps"] for s in samples]]
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models, the items, and the folder of task files that lm-eval is shown."""
+    place = tmp_path_factory.mktemp("equality")
+    for dtype in ("float32", "bfloat16"):
+        tiny_model(place / dtype, dtype=dtype, length=512)
+    (place / "study").mkdir()
+    (place / "tasks").mkdir()
+    for task, (_, shots, item) in TASKS.items():
+        data = place / f"study/{task}.jsonl"
+        data.write_text("".join(json.dumps(item(i)) + "\n" for i in range(ITEMS)))
+        config = {"include": str(task_files.index()[task]), "task": task, "num_fewshot": shots}
+        config |= {"dataset_path": "json", "dataset_name": None, "tag": None}
+        config |= {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+        config |= {"training_split": None, "validation_split": None}
+        config |= {"test_split": "test", "fewshot_split": "test"}
+        (place / f"tasks/{task}.yaml").write_text(yaml.safe_dump(config))
+    return place
+
+
+@pytest.fixture(scope="module")
+def theirs(place):
+    asked = {
+        "folder": str(place / "tasks"),
+        "models": {dtype: str(place / dtype) for dtype in ("float32", "bfloat16")},
+        "tasks": list(TASKS),
+        "batch_size": inference.batch_size(300, 256),
+    }
+    out = place / "theirs.json"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    subprocess.run(
+        [sys.executable, "-c", THEIRS, json.dumps(asked), str(out)],
+        env=os.environ | offline,
+        check=True,
+        capture_output=True,
+    )
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_six_tasks_of_three_kinds_score_as_in_lm_eval_itself(place, theirs, dtype):
+    suite = tuple(
+        Benchmark(task, f"lm_eval/{task}", f"{task}.jsonl", None, shots)
+        for task, (_, shots, _) in TASKS.items()
+    )
+    study, results = tiny_study(place / "study", suite=suite), place / "results"
+    scores.evaluate(study, dtype, place / dtype, results)
+    summary = json.loads((results / f"scores/{dtype}.json").read_text())
+    table = scores.table(results / f"scores/{dtype}.parquet")
+    assert summary["dtype"] == dtype
+    for task in TASKS:
+        values, resps = theirs[f"{dtype} {task}"]
+        found = summary["benchmarks"][task]["metrics"]
+        wanted = {k.removesuffix(",none"): v for k, v in values.items() if "," in k}
+        assert found == {k: v for k, v in wanted.items() if "_stderr" not in k}, task
+        assert sorted(answers_of(table, task)) == sorted(map(flat, resps)), task
+
+
+def flat(resps):
+    """An item's answers as lm-eval logs them: texts, or log-probabilities."""
+    values = [repeats[0] for repeats in resps]
+    return [v[0] if isinstance(v, list) else v for v in values]
+
+
+def answers_of(table, task):
+    rows = table[table["benchmark"] == task]
+    first = rows["metric"].iloc[0]
+    rows = rows[rows["metric"] == first]
+    return [list(r.resps) if len(r.resps) else [r.response] for r in rows.itertuples()]
+
+
+def test_the_values_are_not_all_zero(theirs):
+    assert Path(task_files.index()["wikitext"]).is_file()
+    for kind in ("multiple choice", "rolling"):
+        values = [theirs[f"float32 {t}"][0] for t, (k, _, _) in TASKS.items() if k == kind]
+        assert all(any(v for k, v in found.items() if "," in k) for found in values)
+    texts = [flat(resps)[0] for resps in theirs["float32 gsm8k"][1]]
+    assert len(set(texts)) > 1

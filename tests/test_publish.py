@@ -1,0 +1,172 @@
+"""mergelab publish: the card says what was measured, and a loopback hub takes the upload."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from checkpoints import llama
+from conftest import Run
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub
+
+from mergelab import engine, locate, models
+from mergelab.plan import make_plan
+from mergelab.recipe import load_recipe
+from mergelab.record import write_json
+from mergelab.study import load_study
+
+STUDY = """\
+title: t
+datasets:
+  d: {{path: ., files: [items.jsonl], text: "{{{{q}}}}", parts: {{x: 2, y: 2}}}}
+models:
+  base: {{path: ../../base}}
+  a: {{hub: acme/a@{a}}}
+  b: {{hub: acme/b@{b}}}
+contamination:
+- {{benchmark: bench, base: base, suspects: d/x, controls: d/y, detectors: [base_loss]}}
+"""
+LINEAR = """\
+merge_method: linear
+models:
+  - {model: a, parameters: {weight: 0.5}}
+  - {model: b, parameters: {weight: 0.5}}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoopbackHub, Path]]:
+    """A hub with two models, and a working directory with their merge, scored."""
+    place = tmp_path_factory.mktemp("publish")
+    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.chdir(place)
+        commits = {}
+        for seed, name in enumerate(("base", "a", "b")):
+            llama(place / name, seed)
+            commits[name] = hub.publish(f"acme/{name}", place / name)
+        folder = place / "recipes/mine"
+        folder.mkdir(parents=True)
+        (folder / "study.yaml").write_text(STUDY.format(**commits))
+        (folder / "half.yaml").write_text(LINEAR)
+        for name in "ab":
+            models.fetch(load_study(folder), name, place / "results/mine/models" / name)
+        recipe = load_recipe(folder / "half.yaml")
+        plan = make_plan(recipe, locate.folders(recipe, place / "results/mine"), shard_size=10**9)
+        engine.merge(plan, place / "results/mine/merged/half")
+        entry = {"metric": "acc", "value": 0.5, "ci95": [0.4, 0.6], "n": 100, "num_fewshot": 5}
+        entry |= {"higher_is_better": True, "chance": 0.25, "task": "arc_easy"}
+        whole = {"benchmarks": {"arc": entry}, "lm_eval": "0.4.13", "dtype": "float32"}
+        write_json(place / "results/mine/scores/half.json", whole)
+        yield hub, place
+
+
+@pytest.fixture
+def hub(
+    made: tuple[LoopbackHub, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LoopbackHub:
+    """The hub; the test's working directory is a copy of the made one."""
+    shutil.copytree(made[1], tmp_path, dirs_exist_ok=True)
+    made[0].repos.pop("me/half", None)
+    monkeypatch.setenv("HF_ENDPOINT", made[0].url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # the loopback hub speaks LFS only
+    return made[0]
+
+
+def make(hub: LoopbackHub, licences: dict[str, str]) -> Path:
+    """Give the parents their licences; the study's folder."""
+    for name in "ab":
+        (files,) = hub.repos[f"acme/{name}"].commits.values()
+        front = f"license: {licences[name]}\n" if name in licences else "tags: [x]\n"
+        files["README.md"] = f"---\n{front}---\n# x\n".encode()
+    return Path("recipes/mine")
+
+
+def test_the_card_names_parents_scores_and_record(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "apache-2.0", "b": "apache-2.0"})
+    asked = len(hub.requests)
+    done = mergelab("publish", folder, "half", "--to", "me/half")
+    assert done.returncode == 0, done.stderr
+    assert not any("POST" in request for request in hub.requests[asked:])
+    out = tmp_path / "results/mine/published/half"
+    card = ModelCard((out / "README.md").read_text())
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == ["acme/a", "acme/b"]
+    assert set(card.data.tags) == {"merge", "mergelab", "linear"}
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_args) == (0.5, {"num_few_shot": 5})
+    assert "Not examined" in card.text
+    recipe = yaml.safe_load((out / "mergekit_config.yml").read_text())
+    assert [m["model"].partition("@")[0] for m in recipe["models"]] == ["acme/a", "acme/b"]
+    record = json.loads((out / "merge.json").read_text())
+    weights = next(f for f in record["outputs"]["files"] if f["name"].endswith(".safetensors"))
+    assert weights["sha256"] in card.text
+
+
+def test_the_published_recipe_gives_the_published_bytes(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    token = {"HF_TOKEN": hub.token}
+    done = mergelab("publish", folder, "half", "--to", "me/half", "--upload", **token)
+    assert done.returncode == 0, done.stderr
+    assert hub.token not in done.stdout + done.stderr
+    (files,) = hub.repos["me/half"].commits.values()
+    assert {"README.md", "mergekit_config.yml", "merge.json", "config.json"} <= files.keys()
+    assert not any(hub.token.encode() in data for data in files.values())
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "recipe.yaml").write_bytes(files["mergekit_config.yml"])
+    done = mergelab("merge", again / "recipe.yaml", "-o", again / "out")
+    assert done.returncode == 0, done.stderr
+    assert (again / "out/model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("licences", "why"),
+    [
+        ({"a": "mit", "b": "llama2"}, "their licences differ"),
+        ({"a": "mit"}, "not every licence is known"),
+    ],
+)
+def test_licences_that_do_not_agree_need_a_choice(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub, licences: dict[str, str], why: str
+) -> None:
+    folder = make(hub, licences)
+    done = mergelab("publish", folder, "half", "--to", "me/half")
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert not (tmp_path / "results/mine/published/half").exists()
+    done = mergelab("publish", folder, "half", "--to", "me/half", "--license", "other")
+    assert done.returncode == 0
+    assert "check that the parents' licences allow other" in done.stderr
+
+
+def test_an_upload_without_login_is_explained(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    done = mergelab("publish", folder, "half", "--to", "me/half", "--upload")
+    assert done.returncode == 2
+    assert "hf auth login" in done.stderr
+    assert "me/half" not in hub.repos
+
+
+def test_changed_weights_are_not_published(tmp_path: Path, mergelab: Run, hub: LoopbackHub) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    path = tmp_path / "results/mine/merged/half/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    done = mergelab("publish", folder, "half", "--to", "me/half")
+    assert done.returncode == 2
+    assert "is not the file of its record" in done.stderr
+    done = mergelab("publish", folder, "hulf", "--to", "me/half")
+    assert "Did you mean 'half'?" in done.stderr

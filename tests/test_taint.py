@@ -1,0 +1,270 @@
+"""Lineage taint: the published chains are followed to the end, and nothing is called clean."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergelab import lineage
+from mergelab.detectors import taint
+from mergelab.detectors.taint import Source
+from mergelab.lineage import Edge, Graph, Node
+from mergelab.study import Check, Model, Study, Training
+
+FIXTURES = Path(__file__).parent / "fixtures" / "lineage"
+NECTAR = "datasets/berkeley-nest/Nectar"
+
+
+def cards(*names):
+    """The graph that cards declare: parents of base_model (weights unknown) or of the recipe, and
+    the data sets. Models without a card, and cards that name no parents, are undeclared."""
+    found = {}
+    for name in names:
+        found |= yaml.safe_load((FIXTURES / f"{name}.yaml").read_text())
+    nodes, edges = [], []
+    for name, card in found.items():
+        parents = card.get("base_model")
+        nodes.append(Node(name, "expert", "hub", "recipe" in card or parents is not None))
+        if "recipe" in card:
+            edges += lineage.merge_edges(name, card["recipe"])
+        edges += [Edge(p, name, "merge", 1.0, len(parents) == 1) for p in parents or ()]
+        for data in card.get("datasets", ()):
+            edges.append(Edge(f"datasets/{data}", name, "train", 1.0))
+    outside = dict.fromkeys(edge.parent for edge in edges if edge.parent not in found)
+    nodes += [Node(name, "outside", "hub", name.startswith("datasets/")) for name in outside]
+    return Graph(tuple(nodes), tuple(edges))
+
+
+def truthful(*names):
+    """The published reports, or only those on `names`."""
+    return [flag for flag in taint.flags() if not names or flag.name in names]
+
+
+def test_every_descendant_of_nectar_is_found_with_its_path():
+    graph = cards("chain_474")
+    found = {
+        name: (several[0].way.path, round(several[0].way.strength, 4), several[0].way.exact)
+        for name, several in taint.trace(graph, truthful(NECTAR)).items()
+        if several
+    }
+    leo = (NECTAR, "viethq188/LeoScorpius-7B-Chat-DPO")
+    bruins = (*leo, "janai-hq/trinity-v1", "rwitz2/go-bruins-v2.1.1")
+    assert found == {
+        NECTAR: ((NECTAR,), 1.0, True),
+        leo[-1]: (leo, 1.0, True),
+        "janai-hq/trinity-v1": (bruins[:3], 0.55, False),
+        "rwitz2/go-bruins-v2.1": ((*leo, "rwitz2/go-bruins-v2.1"), 1.0, False),
+        "rwitz2/go-bruins-v2.1.1": (bruins, 0.55, False),
+        "GreenNode/GreenNodeLM-v3olet-7B": (
+            (*bruins, "GreenNode/GreenNodeLM-v3olet-7B"),
+            0.55,
+            False,
+        ),
+        "cookinai/BruinHermes": ((*bruins, "cookinai/BruinHermes"), 0.275, False),
+        "jan-ai/Pandora-10.7B-v1": ((*leo, "jan-ai/Pandora-10.7B-v1"), 0.5, True),
+        "ignos/LeoScorpius-GreenNode-Alpaca-7B-v1": (
+            (*leo, "ignos/LeoScorpius-GreenNode-Alpaca-7B-v1"),
+            1.0,
+            False,
+        ),
+    }
+
+
+def test_the_chain_of_discussion_556_is_followed_from_both_parents():
+    graph = cards("chain_556")
+    flagged = truthful("quantumaikr/quantum-v0.01", "mncai/mistral-7b-dpo-v5")
+    several = taint.trace(graph, flagged)["CultriX/MistralTrix-v1"]
+    end = ("zyh3826/GML-Mistral-merged-v1", "CultriX/MistralTrix-v1")
+    assert [(one.way.path, one.way.strength) for one in several] == [
+        (("quantumaikr/quantum-v0.01", *end), 0.8),
+        (("mncai/mistral-7b-dpo-v5", *end), 0.2),
+    ]
+    assert taint.verdict(several, []) == (
+        "attenuated to 0.8 - verify: quantumaikr/quantum-v0.01 > zyh3826/GML-Mistral-merged-v1 > "
+        "CultriX/MistralTrix-v1"
+    )
+
+
+def test_every_model_of_the_two_chains_is_tainted_and_says_where_that_is_published():
+    graph = cards("chain_474", "chain_556")
+    found = taint.trace(graph, truthful())
+    clean = {"mistralai/Mistral-7B-v0.1", "datasets/tatsu-lab/alpaca"}
+    clean |= {"datasets/Intel/orca_dpo_pairs", "Weyaxi/OpenHermes-2.5-neural-chat-v3-3-Slerp"}
+    assert {name for name, several in found.items() if not several} == clean
+    for several in found.values():
+        for one in several:
+            assert one.source.benchmark == "truthfulqa"
+            assert one.source.source.startswith("https://")
+
+
+def test_merges_that_nobody_flagged_inherit_from_flagged_ancestors():
+    graph = cards("merges")
+    found = taint.trace(graph, truthful())
+    mayonnaise = found["kaitchup/Mayonnaise-4in1-022"]
+    assert [one.way.path for one in mayonnaise] == [
+        ("mncai/mistral-7b-dpo-v5", "kaitchup/Mayonnaise-4in1-022")
+    ]
+    sources = {one.source.name for one in found["occultml/CatMarcoro14-7B-slerp"]}
+    assert sources == {
+        NECTAR,
+        "berkeley-nest/Starling-LM-7B-alpha",
+        "Q-bert/MetaMath-Cybertron-Starling",
+        "janai-hq/trinity-v1",
+        "viethq188/LeoScorpius-7B-Chat-DPO",
+        "GreenNode/GreenNodeLM-7B-v1olet",
+    }
+    assert found["occultml/CatMarcoro14-7B-slerp"][0].way.strength == 0.5
+
+
+def test_no_clean_model_is_flagged_even_among_tainted_ones():
+    graph = cards("clean", "chain_474", "chain_556", "merges")
+    found, unknown = taint.trace(graph, truthful()), taint.unknown(graph)
+    names = set(yaml.safe_load((FIXTURES / "clean.yaml").read_text()))
+    assert {name for name in names if found[name]} == set()
+    verdicts = {name: taint.verdict(found[name], unknown[name]) for name in names}
+    strange = verdicts.pop("Gille/StrangeMerges_4-7B-slerp")
+    assert set(verdicts.values()) == {"no known taint"}
+    assert strange == (
+        "unverifiable: nothing is declared of Gille/StrangeMerges_3-7B-slerp, "
+        "Gille/StrangeMerges_2-7B-slerp"
+    )
+
+
+def test_a_card_that_names_no_parents_makes_its_children_unverifiable():
+    nodes = (Node("silent", "expert", "hub", False), Node("child", "merge", "hub"))
+    graph = Graph(nodes, (Edge("silent", "child", "train", 1.0),))
+    assert taint.unknown(graph) == {"silent": ["silent"], "child": ["silent"]}
+    assert taint.verdict([], ["silent"]) == "unverifiable: nothing is declared of silent"
+
+
+def test_cycles_and_merges_with_oneself_end():
+    names = ("a", "b", "c")
+    edges = [Edge("a", "b", "merge", 0.9), Edge("b", "c", "merge", 1.0), Edge("c", "a", "merge", 1)]
+    edges += [Edge(name, name, "merge", 1.5) for name in names]
+    graph = Graph(tuple(Node(name, "merge", "hub") for name in names), tuple(edges))
+    ways = lineage.reach(graph, "b")
+    assert {name: (way.strength, way.path) for name, way in ways.items()} == {
+        "a": (1.0, ("b", "c", "a")),
+        "b": (1.0, ("b",)),
+        "c": (1.0, ("b", "c")),
+    }
+    assert taint.unknown(graph) == {name: [] for name in names}
+
+
+def test_the_smallest_share_is_still_a_taint():
+    names = [f"m{i}" for i in range(400)]
+    edges = tuple(Edge(one, two, "merge", 0.1) for one, two in pairwise(names))
+    graph = Graph(tuple(Node(name, "merge", "hub") for name in names), edges)
+    several = taint.trace(graph, [Source("m0", "x", "planted", "study.yaml")])[names[-1]]
+    assert len(several[0].way.path) == 400
+    assert taint.verdict(several, []).startswith("attenuated to 0 - verify: m0 > m1 > ")
+
+
+def test_the_strongest_of_several_ways_counts():
+    edges = (
+        Edge("a", "left", "merge", 0.3),
+        Edge("a", "right", "merge", 0.6),
+        Edge("left", "child", "merge", 1.0),
+        Edge("right", "child", "merge", 0.9),
+    )
+    nodes = tuple(Node(name, "merge", "hub") for name in ("child", "left", "right", "a"))
+    way = lineage.reach(Graph(nodes, edges), "a")["child"]
+    assert way == lineage.Way(pytest.approx(0.54), True, ("a", "right", "child"))
+
+
+# --- studies ---------------------------------------------------------------------------------
+
+LINEAR = """merge_method: linear
+models:
+  - {model: math, parameters: {weight: 0.25}}
+  - {model: hub, parameters: {weight: 0.75}}
+"""
+CHECK = Check("gsm8k", "base", "d/seen", "d/fresh", ("overlap",), ("math",))
+
+
+def study(*checks, hub="org/unheard-of", declared=()):
+    """base, trained here; math, tuned from it here; hub, from elsewhere; linear, their merge."""
+
+    def trained(name, start):
+        made = None if start else {"hidden_size": 8}
+        return Model(name, Training(start, made, (), 1, 0.1, 1, 8, 0), None, None, None, None)
+
+    models = [trained("base", None), trained("math", "base")]
+    models.append(Model("hub", None, f"{hub}@{'0' * 40}", None, None, None, declared))
+    by_name = {model.name: model for model in models}
+    return Study("s", Path("s"), "t", "", {}, {}, by_name, (), checks or (CHECK,), ())
+
+
+def rows(study, *sources):
+    found = taint.lineage_findings(study, lineage.graph(study, {"linear": LINEAR}), sources)
+    return {(name, row["benchmark"]): row for name, several in found.items() for row in several}
+
+
+def test_a_study_tells_planted_inherited_unverifiable_and_unknown_apart():
+    found = {name: row["verdict"] for (name, _), row in rows(study()).items()}
+    assert found == {
+        "base": "no known taint",
+        "math": "tainted: planted",
+        "hub": "unverifiable: nothing is declared of hub",
+        "linear": "attenuated to 0.25 - verify: math > linear",
+    }
+    declared = rows(study(declared=("d/seen",)))
+    assert declared["hub", "gsm8k"]["verdict"] == "no known taint"
+
+
+def test_a_hub_model_of_a_study_is_looked_up_in_the_published_reports():
+    found = rows(study(hub="MNCAI/mistral-7b-dpo-v5"))
+    assert found["hub", "truthfulqa"]["verdict"] == "tainted: flagged on the leaderboard"
+    row = found["linear", "truthfulqa"]
+    assert row["verdict"] == "attenuated to 0.75 - verify: hub > linear"
+    assert row["taints"] == [
+        {
+            "evidence": "flagged on the leaderboard",
+            "source": "https://huggingface.co/spaces/open-llm-leaderboard/open_llm_leaderboard"
+            "/discussions/474",
+            "strength": 0.75,
+            "exact": True,
+            "path": ["hub", "linear"],
+        }
+    ]
+    assert found["math", "truthfulqa"]["verdict"] == "no known taint"
+
+
+def test_a_tainted_base_taints_all_that_comes_from_it_and_blinds_what_compares_with_it():
+    found = rows(study(), Source("base", "gsm8k", "its makers say so", "a paper"))
+    assert found["math", "gsm8k"]["strength"] == 1.0
+    assert [one["path"] for one in found["math", "gsm8k"]["taints"]] == [
+        ["math"],
+        ["base", "math"],
+    ]
+    assert {row["blind"] for row in found.values()} == {taint.BLIND}
+    assert {row["blind"] for row in rows(study()).values()} == {""}
+
+
+def test_training_texts_that_hold_the_benchmark_are_a_source():
+    def finding(dirty, benchmark="gsm8k", detector="overlap"):
+        details = {"dirty_by_corpus": {"hub: d/train": dirty, "math: d/other": 1}}
+        return {
+            "detector": detector,
+            "benchmark": benchmark,
+            "n_suspects": 100,
+            "details": details,
+        }
+
+    found = taint.overlap_sources({"hub": [finding(60)], "linear": [finding(60)], "base": []})
+    text = "trained on d/train, which holds 60 of 100 suspects"
+    assert found == [Source("hub", "gsm8k", text, "overlap")]
+    assert taint.overlap_sources({"hub": [finding(4), finding(90, detector="wbc")]}) == []
+    row = rows(study(), *found)["linear", "gsm8k"]
+    assert row["verdict"] == "attenuated to 0.75 - verify: hub > linear"
+    assert len(row["taints"]) == 2
+
+
+def test_every_published_report_names_its_source_once():
+    flags = taint.flags()
+    assert len({(flag.name, flag.benchmark) for flag in flags}) == len(flags) >= 25
+    for flag in flags:
+        assert flag.source.startswith("https://")
+        assert flag.name.count("/") == (2 if flag.name.startswith("datasets/") else 1)
+        assert flag.evidence
