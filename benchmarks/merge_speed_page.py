@@ -284,7 +284,7 @@ LEGEND = """
 - **first**: no input file was ever hashed before, so its sha256 is taken during this run;
   **later**: the hashes are known. Kernels are compiled and cached in both.
 - **I/O floor**: a program that reads every input byte with preadv and writes every output byte
-  with pwrite to a preallocated file, two threads, nothing else; passthrough reads each byte once.
+  with pwrite to a file of full size, two threads, nothing else; passthrough reads each byte once.
   *Over the floor* is *mergelab later*, start-up of both subtracted; *with fsync*: the floor waits
   for the disk as well.
 - **anonymous memory**: largest sum of RssAnon of a process and its children, looked at every

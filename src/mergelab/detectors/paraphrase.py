@@ -6,7 +6,7 @@ own: the gaps of suspects are compared with those of controls.
 
 Null hypothesis: suspects and controls, each with its twin, are random draws from one distribution,
 and training treated them alike. Guarantee: Mann and Whitney's p is then valid. Blind spots: below;
-measured in docs/leaks.md."""
+measured in benchmarks/results/leaks.md."""
 
 from __future__ import annotations
 

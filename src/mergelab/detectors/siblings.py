@@ -2,14 +2,16 @@
 
 Models of the same base that are known to be clean tell how much honest training helps each token of
 an item, seen or not: some tokens are easy to gain on. With g the gains of the model's tokens over
-the base and h the mean gains of the siblings',
+the base and h_s those of sibling s,
 
-    r = g - b h      b by least squares over all tokens of suspects and controls together
+    r = g - sum_s b_s h_s      b by least squares over all tokens of suspects and controls together
 
 and an item's score is the mean of its tokens' r, each clipped at 1.5 standard deviations of all r:
 a leak lifts many tokens, chance lifts a few by much (Huber 1964). b and the clip are fitted without
-looking at who is suspect. The idea is calibration by reference models (Watson et al. 2022, arXiv
-2111.08440) with references of the same lineage; the regression and the clip are ours.
+looking at who is suspect. Most is gained on a merge whose other, clean parents are among the
+siblings: their share of its gains is then explained. The idea is calibration by reference models
+(Watson et al. 2022, arXiv 2111.08440) with references of the same lineage; the regression and the
+clip are ours.
 
 sibling_loss  the score per item, suspects against controls
 answer_loss   the same over the answer's tokens only: for training that scored only the answers
@@ -59,9 +61,8 @@ def scores(evidence: Evidence, *, answers: bool = False) -> tuple[Ids, dict[str,
     r = np.concatenate(g)
     if evidence.siblings:
         others = [np.concatenate(_gains(s, evidence, kept)) for s in evidence.siblings]
-        h = np.mean(others, axis=0)
-        square = float(h @ h)
-        r = r - (float(r @ h) / square if square else 0.0) * h
+        h = np.stack(others, axis=1)
+        r = r - h @ np.linalg.lstsq(h, r)[0]
     limit = CLIP * float(r.std())
     items = np.split(np.clip(r, -limit, limit), np.cumsum([len(gain) for gain in g])[:-1])
     means = np.array([item.mean() for item in items])
@@ -178,6 +179,7 @@ DETECTORS = (
         blind_spots=_BLIND,
         papers=_PAPERS,
         needs=("text", "siblings"),
+        version=2,
     ),
     Detector(
         name="answer_loss",
@@ -194,6 +196,7 @@ DETECTORS = (
         "is no acquittal.",
         papers=_PAPERS,
         needs=("text", "answer"),
+        version=2,
     ),
     Detector(
         name="set_level",
@@ -207,5 +210,6 @@ DETECTORS = (
         "tuned in such a style; without siblings it then measures style.",
         blind_spots=_BLIND + " Says nothing of single items.",
         papers=_PAPERS,
+        version=2,
     ),
 )
