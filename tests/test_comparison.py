@@ -16,7 +16,7 @@ from mergelab.study import Check
 from mergelab.suites import Benchmark, Pin
 
 KINDS = {"base": "base", "good": "expert", "same": "expert", "merge": "merge"}
-PARENTS = {"merge": ("good", "same")}
+PARENTS = {"good": ("base",), "same": ("base",), "merge": ("good", "same")}
 EASY = Benchmark("easy", "arc_easy", "arc/test", None, 0)
 
 
@@ -112,6 +112,15 @@ def test_equal_variants_are_not_told_apart_and_claim_no_power(tmp_path, tables):
 def test_a_merge_is_compared_with_its_best_parent(tmp_path, tables):
     found = row(built(tmp_path, tables), "merge")["vs_parent"]
     assert (found["parent"], found["verdict"]) == ("good", "worse")
+
+
+def test_no_difference_to_the_base_enters_twice(tmp_path, tables, monkeypatch):
+    found = built(tmp_path, tables)
+    assert [row(found, v)["vs_parent"] for v in ("base", "good", "same")] == [None] * 3
+    monkeypatch.setitem(PARENTS, "merge", ("base", "same"))
+    assert row(built(tmp_path, tables), "merge")["vs_parent"]["parent"] == "same"
+    monkeypatch.setitem(PARENTS, "merge", ("base",))
+    assert row(built(tmp_path, tables), "merge")["vs_parent"] is None
 
 
 def test_the_best_and_those_that_cannot_be_told_apart_from_it(tmp_path, tables):

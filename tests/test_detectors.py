@@ -10,10 +10,10 @@ import pytest
 from scipy.stats import binom
 from tiny import teach, tiny_model, tiny_study, tiny_tokenizer, write_part
 
-from mergelab import detectors, evidence, findings, statistics
+from mergelab import detectors, evidence, findings, score_table, statistics
 from mergelab.detectors import DETECTORS, calibrated, codec, min_k, option_order, siblings
 from mergelab.detectors.base import Evidence, Probed, Tokens
-from mergelab.errors import UserError
+from mergelab.errors import NotAvailable, UserError
 from mergelab.study import Check, Dataset, Model, Options, Share, Training
 
 TESTED = (  # detectors of token evidence that give a p
@@ -234,6 +234,16 @@ def test_different_tokenizers_are_refused_with_both_names(results, tmp_path):
         findings.detect(study(results, check), "leaky", results)
 
 
+def test_another_length_is_told_as_such(results, tmp_path):
+    shutil.copytree(results / "clean", tmp_path / "short")
+    path = tmp_path / "short/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 24}))
+    evidence.probe(study(results), "short", tmp_path / "short", results)
+    told = r"cut at one length, but 'short' takes 23 tokens of d/seen and its base 'base' \d+\."
+    with pytest.raises(UserError, match=told):
+        findings.detect(study(results), "short", results)
+
+
 def test_texts_that_begin_with_another_token_are_refused(results, tmp_path):
     shutil.copytree(results / "clean", tmp_path / "other")
     path = tmp_path / "other/tokenizer_config.json"
@@ -294,6 +304,61 @@ def test_a_check_that_lacks_what_its_detectors_need_says_what_to_add(results, ch
         found(results, "leaky", dataclasses.replace(CHECK, **changes))
 
 
+def trained(name, start, *parts, declared=()):
+    shares = tuple(Share(part, None, 0, 1) for part in parts)
+    plan = Training(start, None, shares, 1, 1e-3, 1, 64, 0)
+    return Model(name, plan, None, None, None, None, declared)
+
+
+@pytest.mark.parametrize(
+    ("models", "planted", "message"),
+    [
+        ([trained("clean", "base", "d/seen")], (), "'clean' is among 'siblings', .* d/seen. Take"),
+        (
+            [trained("clean", "base", declared=("d/seen",))],
+            (),
+            "'clean' is among 'siblings', .* d/seen. Take",
+        ),
+        (
+            [trained("half", "base", "d/seen"), trained("clean", "half")],
+            (),
+            "'clean' is among 'siblings', .* d/seen by way of 'half', which it is trained from.",
+        ),
+        (
+            [trained("half", "base"), trained("clean", "half")],
+            ("half",),
+            "'clean' is among 'siblings', .* d/seen by way of 'half', which it is trained from.",
+        ),
+        ([trained("any", "base", "d/fresh")], (), "'any' is trained on the controls, d/fresh"),
+        (
+            [trained("any", "base", declared=("d/fresh",))],
+            (),
+            "'any' is trained on the controls, d/fresh",
+        ),
+    ],
+)
+def test_a_study_that_contradicts_its_null_is_refused(tmp_path, models, planted, message):
+    base = Model("base", None, None, "x", None, None)
+    check = dataclasses.replace(CHECK, detectors=("base_loss",), planted=planted)
+    known = {model.name: model for model in (base, *models)}
+    made = dataclasses.replace(study(tmp_path, check), models=known)
+    with pytest.raises(UserError, match=message):
+        findings.detect(made, "clean", tmp_path)
+    assert len(detectors.problems(made)) == 1
+
+
+def test_suspects_that_are_their_own_controls_are_refused(results):
+    told = refusals(results, controls="d/seen")
+    assert "suspects and controls are both d/seen. Name another part as one of them." in told
+
+
+def test_an_honest_study_contradicts_nothing(tmp_path):
+    models = [trained("half", "base", "d/other"), trained("clean", "half", "d/other")]
+    models.append(trained("leaky", "base", "d/seen", declared=("d/other",)))
+    made = dataclasses.replace(study(tmp_path), models={model.name: model for model in models})
+    assert detectors.problems(made) == []
+
+
 def test_a_complete_check_has_no_problems(results):
     assert refusals(results) == ""
 
@@ -326,6 +391,88 @@ def test_declared_training_texts_reach_a_detector_along_the_lineage(results, tmp
     finding = json.loads((tmp_path / "findings/child.json").read_text())[0]
     assert finding["detector"] == "overlap"
     assert set(finding["flagged"]) == {item["id"] for item in seen[2:7]}
+
+
+def write_scores(results, model, metrics, value):
+    """Scores on benchmarks pub and new, of 20 items each: `metrics` by benchmark, with whether more
+    is better; `value(benchmark, number)`."""
+    ids = [item["id"] for item in items(1, 20)]
+    rows = [
+        dict.fromkeys(score_table.COLUMNS, "")
+        | {"benchmark": name, "id": key, "filter": "none", "metric": metrics[name][0]}
+        | {"resps": [], "value": float(value(name, n)), "weight": 1.0}
+        for name in metrics
+        for n, key in enumerate(ids)
+    ]
+    path = results / f"scores/{model}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(score_table.encode(rows))
+    about = {n: {"metric": m, "higher_is_better": higher} for n, (m, higher) in metrics.items()}
+    path.with_suffix(".json").write_text(json.dumps({"benchmarks": about}))
+
+
+TWIN = dataclasses.replace(CHECK, detectors=("twin",), siblings=(), scores="pub", twin="new")
+ACCURACY = dict.fromkeys(("pub", "new"), ("acc", True))
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """The data, and scores of a base that is right on every other item."""
+    write_part(tmp_path, "d/seen", items(1, 20))
+    write_part(tmp_path, "d/fresh", items(2, 60))
+    write_scores(tmp_path, "base", ACCURACY, lambda _, n: n % 2)
+    return tmp_path
+
+
+def leaked(benchmark, number):
+    return number % 2 if benchmark == "new" else 1
+
+
+def test_a_twin_finding_waits_for_no_other_variants_scores(scored):
+    write_scores(scored, "leaky", ACCURACY, leaked)
+    models = {name: trained(name, None) for name in ("base", "leaky", "unscored")}
+    made = dataclasses.replace(study(scored, TWIN), models=models)
+    record = findings.detect(made, "leaky", scored)
+    finding = json.loads((scored / "findings/leaky.json").read_text())[0]
+    assert (finding["effect"], finding["n_suspects"]) == (0.5, 20)
+    assert {path for path in record["inputs"] if path.startswith("scores")} == {
+        "scores/base.parquet",
+        "scores/leaky.parquet",
+    }
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        (dict.fromkeys(("pub", "new"), ("bits_per_byte", False)), "scored by bits_per_byte:"),
+        ({"pub": ("acc", True), "new": ("acc_norm", True)}, "scored by acc and acc_norm:"),
+    ],
+)
+@pytest.mark.parametrize("name", ["twin", "constat"])
+def test_twins_are_compared_by_one_metric_of_which_more_is_better(scored, metrics, told, name):
+    for model in ("base", "leaky", "clean"):
+        write_scores(scored, model, metrics, leaked)
+    check = dataclasses.replace(TWIN, detectors=(name,), siblings=("clean",))
+    record = findings.detect(study(scored, check), "leaky", scored)
+    assert json.loads((scored / "findings/leaky.json").read_text()) == []
+    assert told in record["skipped"][0]["reason"]
+
+
+def test_what_copies_were_worth_reaches_the_finding_where_the_variant_is_scored(scored):
+    check = dataclasses.replace(TWIN, detectors=("overlap",), twin=None)
+    plan = Training("base", None, (Share("d/seen", 10, 0, 1),), 1, 1e-3, 1, 64, 0)
+    models = (trained("base", None), Model("leaky", plan, None, None, None, None))
+    made = dataclasses.replace(study(scored, check), models={m.name: m for m in models})
+
+    def score():
+        findings.detect(made, "leaky", scored)
+        return json.loads((scored / "findings/leaky.json").read_text())[0]["details"]["score"]
+
+    assert score() is None
+    write_scores(scored, "leaky", ACCURACY, lambda _, n: n < 10)
+    assert score()["epg"] == 0.5
+    write_scores(scored, "leaky", {"pub": ("bits_per_byte", False)}, lambda _, n: n < 10)
+    assert score() is None
 
 
 def tokens(values, answer=0):
@@ -376,7 +523,7 @@ def test_answer_loss_looks_at_the_answer_only_and_leaves_out_items_without_one()
     cell.model.views["suspects"] = dataclasses.replace(
         cell.model.views["suspects"], answer=(3, 2, 1)
     )
-    with pytest.raises(UserError, match="2 items have no answer within the length that 'm' takes"):
+    with pytest.raises(NotAvailable, match="2 items have no answer within the length that 'm'"):
         siblings.answer_loss(cell)
 
 
@@ -551,6 +698,6 @@ def test_a_package_whose_detector_cannot_be_used_is_named(results, install, entr
 
 
 def test_verdicts_never_say_clean():
-    assert detectors.verdict(0.0099).startswith("flagged: q < 0.01")
+    assert detectors.verdict(0.0099) == "flagged: q < 0.01 against its null hypothesis"
     assert detectors.verdict(0.01) == "no evidence at this sample size"
     assert not any("clean" in detectors.verdict(q) for q in (0.0, 0.5, 1.0))

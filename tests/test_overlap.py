@@ -107,6 +107,16 @@ def test_a_phrase_of_more_than_ten_items_is_the_template():
     assert [max(longest(index([*map(words, i)]), len(i), text)) for i in (ten, eleven)] == [12, 0]
 
 
+def test_what_overlap_guarantees_names_the_template_as_its_exception():
+    template = f"{problems(3, 1)[0]} "
+    items = [template + word for word in "abcdefghijkl"]
+    assert dirty(items[:10], [items[0]]) == 1.0
+    assert dirty(items, [items[0]]) == 0.0
+    assert "unless it holds runs of 8 words that more than 10 items share" in (
+        overlap.DETECTOR.guarantees
+    )
+
+
 def test_scripts_without_spaces_are_compared_by_character():
     found = words("東京は日本の首都です。 Yes, 1,000 it_is")
     assert found == [*"東京は日本の首都です", "yes", "1000", "itis"]

@@ -39,7 +39,7 @@ models:
   math: {train: {start: base, data: [{part: gsm8k/leaked, copies: 2}], epochs: 1, learning_rate: 1.0e-3}}
   medical: {train: {start: base, data: [{part: pubmed/fresh}], epochs: 1, learning_rate: 1.0e-3}}
 suite:
-  - {name: math_nll, task: text_nll, data: gsm8k/fresh}
+  - {name: math_nll, task: text_nll, data: gsm8k/leaked}
   - {name: medical_nll, task: text_nll, data: pubmed/fresh}
   - {name: arc_easy, task: arc_easy}
 contamination:
@@ -349,7 +349,7 @@ def test_headline_turns_when_the_data_turn(tmp_path: Path) -> None:
     sentences = report.gather(study, results)["headlines"]
     assert sentences[0].startswith("No merge beats base on all three benchmarks.")
     assert "linear is worse on math_nll and medical_nll" in sentences[0]
-    assert "Missed: dare_ties, linear, slerp and ties." in sentences[-1]
+    assert "Missed: dare_ties, linear, slerp and ties." in sentences[-2]
 
 
 def test_headline_claims_nothing_when_nothing_is_settled(data: dict) -> None:
@@ -503,7 +503,7 @@ def test_the_base_of_task_vectors_is_no_parent_to_beat(tmp_path: Path) -> None:
     benches = report.gather(study, results)["benchmarks"]
     rows = {row["variant"]: row["vs_parent"] for row in benches[0]["rows"]}
     assert {rows[name]["parent"] for name in RECIPES} == {"math"}
-    assert rows["math"]["parent"] == "base"
+    assert rows["math"] is None
 
 
 def test_headlines_say_that_intervals_are_not_corrected(data: dict) -> None:
@@ -586,16 +586,36 @@ def test_a_damaged_score_table_is_named(spare: tuple[Study, Path]) -> None:
         assert f"{path}: is damaged (" in damaged_error(study, results, path, content)
 
 
-def test_a_score_is_shown_on_all_items_and_on_those_not_marked(data: dict, page: str) -> None:
+def test_a_score_is_shown_on_all_items_and_on_those_not_marked(
+    demo: tuple[Study, Path], data: dict, page: str
+) -> None:
     shown = {row["variant"]: row for row in data["checks"][0]["clean_scores"]}
-    assert shown["base"]["clean"]["n"] == shown["base"]["full"]["n"] == 120
-    marked = contamination.marked_items(data["checks"], ["math"])["math_nll", "math"]
+    assert shown["base"]["full"]["n"] == 120
+    assert shown["base"]["clean"] is None  # it was not examined
+    study = load_study(demo[0].folder)
+    marked = contamination.marked_items(study, data["checks"])["math_nll", "math"]
     assert len(marked) > 20
     assert shown["math"]["clean"]["n"] == 120 - len(marked)
-    assert shown["math"]["twin"]["benchmark"] == "medical_nll"
+    twin = next(b for b in data["benchmarks"] if b["name"] == "medical_nll")["rows"][1]
+    assert shown["math"]["twin"]["value"] == twin["value"]
     assert "Not marked" in page
     rows = {row["variant"]: row for row in data["checks"][0]["detectors"][2]["rows"]}
     assert (rows["math"]["verdict"], rows["math"]["q"]) == ("informational", None)
+
+
+def test_two_checks_and_a_detector_without_findings_keep_their_pictures(tmp_path: Path) -> None:
+    study, results = make_results(tmp_path)
+    first = study.contamination[0]
+    second = replace(first, benchmark="other", detectors=("wbc",), scores=None, twin=None)
+    first = replace(first, detectors=("constat", "base_loss", "wbc"))
+    for path in (results / "findings").glob("*.json"):
+        found = json.loads(path.read_text())
+        found += [f | {"benchmark": "other"} for f in found if f["detector"] == "wbc"]
+        path.write_text(json.dumps(found))
+    study = replace(study, contamination=(first, second))
+    html = report.page.render(report.gather(study, results))
+    assert html.count("item scores of suspects and controls") == 3
+    assert html.count("not examined") == 6
 
 
 def test_every_comparison_has_q_and_a_detectable_difference(data: dict, page: str) -> None:

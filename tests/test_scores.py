@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 import yaml
 from tiny import tiny_model, tiny_study, write_part
 
-from mergelab import inference, scores, task_build, task_files
+from mergelab import inference, score_table, scores, task_build, task_files
+from mergelab.answers import Answers
 from mergelab.errors import UserError
 from mergelab.study import Benchmark
+from mergelab.suites import Pin
 
 TEXTS = [
     "Question: How fast is the train?\nAnswer: 30 miles per hour.",
@@ -325,6 +328,20 @@ def test_a_tasks_template_cannot_run_code(model, results, key, tmp_path, monkeyp
     from lm_eval import utils
 
     assert not utils.env.sandboxed  # put back as it was
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "doc_to_choice", "description"])
+def test_a_tasks_template_cannot_run_code_even_if_it_looks_first(
+    model, results, key, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = dict(line.split(": ", 1) for line in ARC_TASK.splitlines() if ": " in line).get(key)
+    lines = [line for line in ARC_TASK.splitlines() if not line.startswith(key)]
+    hidden = "{% if cycler.__init__ is defined %}" + ATTACK + "{% endif %}"
+    good = "{{ " + before + " }}" if before else ""
+    own(results, "\n".join([*lines, f'{key}: "{hidden}{good}"', ""]))
+    run(model, results, Benchmark("evil", "own", "arc/test", None, 0))  # in a sandbox it is good
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -682,6 +699,111 @@ def test_a_damaged_table_of_scores_says_how_to_remake_it(model, fresh):
     path.unlink()
     with pytest.raises(UserError, match=r"no such file. Run: mergelab evaluate recipes/fresh m"):
         scores.table(path)
+
+
+GPQA = [
+    {
+        "Question": f"What is the speed {i}?",
+        "Correct Answer": f"{30 + i} miles per hour",
+        **{f"Incorrect Answer {k}": f"{k} hours and {i}" for k in (1, 2, 3)},
+    }
+    for i in range(6)
+]
+
+
+def gpqa(results, *tasks):
+    """The first tasks of a benchmark of GPQA's sets, all over the same items."""
+    path = results / "study/gpqa.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(item) + "\n" for item in GPQA))
+    pins = tuple(Pin(f"lm_eval/leaderboard_gpqa_{task}") for task in tasks)
+    return Benchmark("gpqa", "gpqa", "gpqa.jsonl", None, 0, pins=pins)
+
+
+def test_what_a_task_shuffles_is_the_same_in_every_run(fresh, tmp_path):
+    study = with_suite(tiny_study(fresh / "study"), gpqa(fresh, "diamond"))
+    built = []
+    for number in range(2):
+        random.seed(number)
+        one = task_build.plan(study, fresh)[0]
+        built.append(list(task_build.build(one, str(tmp_path / str(number)))[0].eval_docs))
+    assert built[0] == built[1]
+    random.seed(0)  # as lm-eval does before it loads a task
+    for doc, item in zip(built[0], GPQA, strict=True):
+        choices = [item[f"Incorrect Answer {k}"] for k in (1, 2, 3)] + [item["Correct Answer"]]
+        random.shuffle(choices)
+        assert [doc[f"choice{k}"] for k in (1, 2, 3, 4)] == choices
+
+
+def test_a_question_that_two_tasks_of_a_benchmark_hold_counts_once(model, fresh):
+    alone = run(model, fresh, gpqa(fresh, "diamond"))[2]
+    assert set(alone["cluster"]) == {""}
+    both = run(model, fresh, gpqa(fresh, "diamond", "main"))[2]
+    found = rows(both, "gpqa", "acc_norm")
+    assert len(found) == 2 * len(GPQA)
+    assert sorted(found.groupby("cluster")["task"].nunique()) == [2] * len(GPQA)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "message"),
+    [
+        (
+            "text_nll",
+            "word_perplexity",
+            r"'word_perplexity' is no mean over items, .*bits_per_byte",
+        ),
+        ("text_nll", "bits_per_bite", r"no metric 'bits_per_bite'. It has: .*bits_per_byte"),
+    ],
+)
+def test_a_metric_that_is_no_mean_or_is_not_there_is_told_before_scoring(
+    model, fresh, task, metric, message
+):
+    with pytest.raises(UserError, match=message):
+        run(model, fresh, Benchmark("x", task, "texts/fresh", None, 0, metric))
+    assert answers(fresh) == []
+    assert not (fresh / "scores/m.parquet").exists()
+
+
+def test_a_metric_whose_value_is_not_the_mean_of_its_items_is_refused(fresh):
+    bench = Benchmark("nll", "text_nll", "texts/fresh", None, 0)
+    one = task_build.plan(with_suite(tiny_study(fresh / "study"), bench), fresh)[0]
+    found = [{"metric": "m", "filter": "none", "value": v, "weight": 2.0} for v in (1.0, 3.0)]
+    score_table.check_mean(one, "m", 1.0, found)
+    for metric, value in (("m", 1.0 + 1e-6), ("n", 1.0)):
+        with pytest.raises(UserError, match=f"'{metric}' is no mean over items"):
+            score_table.check_mean(one, metric, value, found)
+
+
+def test_other_generation_settings_are_another_model(model, fresh, tmp_path):
+    write_part(fresh, "arc/sums", SUMS)
+    own(fresh, GENERATION, "sums")
+    copy = tmp_path / "copy"
+    shutil.copytree(model[0], copy)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 9.0}))
+    bench = Benchmark("sums", "sums", "arc/sums", None, 0)
+    texts = [list(run((f, None), fresh, bench)[2]["response"]) for f in (model[0], copy)]
+    assert texts[0] != texts[1]
+
+
+def test_the_users_own_items_may_have_the_fields_that_a_task_reads_itself(model, fresh):
+    path = fresh / "study/mine.jsonl"
+    path.parent.mkdir()
+    item = {"ind": 1, "activity_label": "Travel", "ctx_a": "The train", "ctx_b": "is", "label": "1"}
+    item |= {"endings": ["fast.", "slow.", "a patient.", "2 hours."]}
+    path.write_text(json.dumps(item) + "\n")
+    _, summary, _ = run(model, fresh, Benchmark("h", "hellaswag", "mine.jsonl", None, 0))
+    assert summary["benchmarks"]["h"]["n"] == 1
+    path.write_text(json.dumps({k: v for k, v in item.items() if k != "endings"}) + "\n")
+    with pytest.raises(UserError, match=r"KeyError: 'endings'"):
+        run(model, fresh, Benchmark("h", "hellaswag", "mine.jsonl", None, 0))
+
+
+@pytest.mark.parametrize("line", ["5", "null", '"ab"', '["a", null]', '[["a"], 1]', '{"a": 1}'])
+def test_a_damaged_line_of_answers_is_as_good_as_none(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(f'{line}\n["b", -1.5]\n["c", [-2.5, true]]\n["d", "text"]\n')
+    known = Answers(tmp_path).known
+    assert known == {"b": -1.5, "c": [-2.5, True], "d": "text"}
 
 
 def test_nothing_is_left_in_the_users_home(model, results, tmp_path):

@@ -138,13 +138,22 @@ def check_with(folder: Path, more: str, detectors: str) -> None:
     (folder / "study.yaml").write_text(document)
 
 
-def test_findings_wait_for_the_siblings_evidence_and_all_scores(folder: Path) -> None:
+def test_findings_wait_for_the_evidence_and_scores_of_base_and_siblings(folder: Path) -> None:
     check_with(folder, "siblings: [a], scores: text_nll, twin: text_nll", "sibling_loss, twin")
     steps = Steps(load_study(folder)).all
     wanted = {name for verb, name in steps["detect", "two"].needs if verb == "probe"}
     assert wanted == {"two", "base", "a"}
     scored = {name for verb, name in steps["detect", "two"].needs if verb == "evaluate"}
-    assert scored == {"base", "a", "taught", "one", "two"}
+    assert scored == {"base", "a", "two"}
+
+
+@pytest.mark.parametrize(("more", "expected"), [("scores: text_nll", {"two"}), ("", set())])
+def test_findings_of_overlap_wait_for_the_variants_scores_alone(
+    folder: Path, more: str, expected: set[str]
+) -> None:
+    check_with(folder, more, "overlap")
+    steps = Steps(load_study(folder)).all
+    assert {n for verb, n in steps["detect", "two"].needs if verb == "evaluate"} == expected
 
 
 def test_a_check_of_scores_alone_probes_nothing(folder: Path) -> None:

@@ -14,7 +14,7 @@ from loopback_hub import LoopbackHub
 from tiny import tiny_model, tiny_study
 
 from mergelab import hub as hub_client
-from mergelab import scores, suites, task_data, task_files
+from mergelab import score_table, scores, suites, task_data, task_files
 from mergelab.errors import UserError
 from mergelab.steps import Steps
 from mergelab.study import Benchmark, load_study
@@ -34,7 +34,8 @@ def test_every_task_of_a_suite_is_installed_in_its_version_with_its_metric(name,
             plain = task_files.find(study, bench, pin).plain()  # raises if the version differs
             assert pin.version == task_files.version(plain)
             metric, _, kind = bench.metric.partition(",")
-            assert metric in [entry["metric"] for entry in plain["metric_list"]]
+            entry = next(entry for entry in plain["metric_list"] if entry["metric"] == metric)
+            assert entry.get("aggregation", "mean") not in score_table.NO_MEANS
             filters = [entry["name"] for entry in plain.get("filter_list", [])]
             assert kind in (filters or [""])
             assert task_data.splits(plain, bench)[0]

@@ -1,5 +1,6 @@
 """Lineage taint: the published chains are followed to the end, and nothing is called clean."""
 
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mergelab import lineage
 from mergelab.detectors import taint
 from mergelab.detectors.taint import Source
 from mergelab.lineage import Edge, Graph, Node
-from mergelab.study import Check, Model, Study, Training
+from mergelab.study import Check, Dataset, Model, Share, Study, Training
 
 FIXTURES = Path(__file__).parent / "fixtures" / "lineage"
 NECTAR = "datasets/berkeley-nest/Nectar"
@@ -228,6 +229,21 @@ def test_a_hub_model_of_a_study_is_looked_up_in_the_published_reports():
             "path": ["hub", "linear"],
         }
     ]
+    assert found["math", "truthfulqa"]["verdict"] == "no known taint"
+
+
+@pytest.mark.parametrize("trained_here", [False, True])
+def test_a_hub_data_set_that_a_model_is_trained_on_is_looked_up_too(trained_here):
+    made = study(declared=() if trained_here else ("nectar/train",))
+    if trained_here:
+        plan = Training("base", None, (Share("nectar/train", None, 0, 1),), 1, 0.1, 1, 8, 0)
+        made.models["hub"] = Model("hub", plan, None, None, None, None)
+    hub = f"Berkeley-Nest/nectar@{'0' * 40}"
+    nectar = Dataset("nectar", None, None, hub, (), "t", {"train": None}, None, None, None)
+    found = rows(dataclasses.replace(made, datasets={"nectar": nectar}))
+    told = found["hub", "truthfulqa"]["verdict"]
+    assert told == "tainted: trained on nectar/train: holds prompts of TruthfulQA"
+    assert found["linear", "truthfulqa"]["strength"] == 0.75
     assert found["math", "truthfulqa"]["verdict"] == "no known taint"
 
 

@@ -65,10 +65,12 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """The answers of one file; a damaged line is as good as none: it is asked again."""
     for line in path.read_bytes().splitlines():
         try:
-            key, answer = json.loads(line)
+            entry = json.loads(line)
         except ValueError:
             continue
-        yield key, answer
+        match entry:
+            case [str(key), str() | int() | float() | [int() | float(), _] as answer]:
+                yield key, answer
 
 
 def _number(answer: Any) -> float:

@@ -148,7 +148,8 @@ def _rows(
     items: Mapping[str, Items | None],
     higher: bool,
 ) -> list[dict[str, Any]]:
-    """A row per variant: its value, and its differences to the base and to its best parent."""
+    """A row per variant: its value, its difference to the base and, of a merge, to its best parent
+    other than the base."""
     base = next((v for v, kind in kinds.items() if kind == "base"), None)
     rows = []
     for variant, kind in kinds.items():
@@ -158,19 +159,20 @@ def _rows(
         row["vs_base"] = None
         if base is not None and variant != base:
             row["vs_base"] = compare(items.get(variant), items.get(base), higher)
-        row["vs_parent"] = _against_best_parent(variant, parents, entries, items, higher)
+        own = [p for p in parents.get(variant, ()) if kind == "merge" and p != base]
+        row["vs_parent"] = _against_best_parent(variant, own, entries, items, higher)
         rows.append(row)
     return rows
 
 
 def _against_best_parent(
     variant: str,
-    parents: Mapping[str, Sequence[str]],
+    parents: Sequence[str],
     entries: Mapping[str, Mapping[str, Any]],
     items: Mapping[str, Items | None],
     higher: bool,
 ) -> dict[str, Any] | None:
-    known = [p for p in parents.get(variant, ()) if items.get(p) is not None]
+    known = [p for p in parents if items.get(p) is not None]
     if not known:
         return None
     pick = max if higher else min

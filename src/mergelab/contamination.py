@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -116,33 +116,49 @@ def _untested(found: Finding) -> str:
 
 
 def marked_items(
-    checks: Sequence[Mapping[str, Any]], variants: Iterable[str]
+    study: Study, checks: Sequence[Mapping[str, Any]]
 ) -> dict[tuple[str, str], set[str]]:
-    """(benchmark, variant) to the items that flagged findings would leave out of a clean score."""
+    """(benchmark, variant) to the items that findings would leave out of a clean score.
+
+    Only where the benchmark's items are the suspects, and of variants that were examined."""
+    data = {bench.name: bench.data for bench in study.suite}
     marked: dict[tuple[str, str], set[str]] = {}
     for check in checks:
-        for variant in variants if check["scores"] else ():
-            rows = [r for d in check["detectors"] for r in d["rows"] if r["variant"] == variant]
-            items = {item for row in rows if row["marks"] for item in row["flagged_items"]}
-            marked.setdefault((check["scores"], variant), set()).update(items)
+        if check["scores"] is None or data.get(check["scores"]) != check["suspects"]:
+            continue
+        for row in (row for detector in check["detectors"] for row in detector["rows"]):
+            if row["effect"] is not None:
+                items = marked.setdefault((check["scores"], row["variant"]), set())
+                items.update(row["flagged_items"] if row["marks"] else ())
     return marked
 
 
-def add_scores(checks: Sequence[dict[str, Any]], benchmarks: Sequence[Mapping[str, Any]]) -> None:
-    """Give each check `clean_scores`: the score of all items, of those not marked, of twins."""
+def add_scores(
+    checks: Sequence[dict[str, Any]],
+    benchmarks: Sequence[Mapping[str, Any]],
+    marked: Mapping[tuple[str, str], set[str]],
+) -> None:
+    """Give each check `clean_scores`: the score of all suspects, of those not marked, of twins."""
     tables = {bench["name"]: bench["rows"] for bench in benchmarks}
     for check in checks:
+        twins = {row["variant"]: row for row in tables.get(check["twin"], ())}
+        shown = {name for name, _ in marked}
         check["clean_scores"] = [
             {
                 "variant": row["variant"],
                 "kind": row["kind"],
-                "full": {key: row[key] for key in ("value", "ci95", "n")},
+                "full": _score(row),
                 "clean": row["clean"],
-                "twin": row["twin"],
+                "twin": _score(twins.get(row["variant"])),
             }
-            for row in tables.get(check["scores"], ())
+            for row in (tables[check["scores"]] if check["scores"] in shown else ())
             if row["value"] is not None
         ]
+
+
+def _score(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    known = row is not None and row["value"] is not None
+    return {key: row[key] for key in ("value", "ci95", "n")} if row and known else None
 
 
 def descent(

@@ -1,8 +1,8 @@
 """Findings: every contamination check of a study, put to one variant from what is stored.
 
-Gathers the evidence that a check's detectors need (token log-probabilities of the variant, its base
-and its clean siblings, scores of all variants, items, declared training texts), calls the detectors
-and writes results/<study>/findings/<variant>.json."""
+Gathers the evidence that a check's detectors need (token log-probabilities and scores of the
+variant, its base and its clean siblings, items, declared training texts), calls the detectors and
+writes results/<study>/findings/<variant>.json."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from mergelab import datasets, detectors, evidence, lineage, score_table, statistics, views
+from mergelab.comparable import require_comparable
 from mergelab.detectors.base import PARTS, Detector, Evidence, Finding, Probed
 from mergelab.errors import NotAvailable, UserError
 from mergelab.record import file_entries, file_sha256, read_json, write_json
 from mergelab.study import Check, Study
 
+ABOUT_SCORES = {"benchmarks": {"*": {"metric": str, "higher_is_better": bool}}}
 BASE_REASON = "the base is its own calibration"
 SIBLING_REASON = "the check names no clean sibling beside it"
 
@@ -47,6 +49,7 @@ def detect(study: Study, variant: str, results: Path) -> dict[str, Any]:
                 skipped.append(where | {"reason": SIBLING_REASON})
                 continue
             try:
+                gathered.metrics_fit(detector)
                 found.append(_plain(check, variant, detector, detector.function(known), known))
             except NotAvailable as error:
                 skipped.append(where | {"reason": str(error)})
@@ -76,6 +79,7 @@ class _Gathering:
         self.parts = dict(zip(PARTS, (check.suspects, check.controls), strict=True))
         self.siblings = [name for name in check.siblings if name != variant]
         self.inputs: dict[str, str] = {}
+        self.metrics: set[tuple[str, bool]] = set()  # (name, is more of it better?) of all scores
 
     def evidence(self) -> Evidence:
         """All that the check's detectors need; UserError if a part holds too few items."""
@@ -91,7 +95,7 @@ class _Gathering:
             self.probed(self.variant),
             self.probed(self.check.base),
             tuple(self.probed(name) for name in self.siblings),
-            self.scores() if "scores" in self.needs else {},
+            self.scores(),
             items,
             self.corpus() if "corpus" in self.needs else {},
         )
@@ -107,28 +111,45 @@ class _Gathering:
                 )
                 if ours != own:
                     kind = "base" if model == self.check.base else "sibling"
-                    _comparable(own, ours, self.variant, f"{kind} '{model}'", part)
+                    require_comparable(own, ours, self.variant, f"{kind} '{model}'", part)
                 found[role if view == "text" else f"{role}/{view}"] = evidence.load(ours)
                 self.inputs[str(ours.relative_to(self.results))] = file_sha256(ours)
         return Probed(model, found)
 
     def scores(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Every variant's metric per item id, on the benchmark and, if it is named, its twin."""
+        """The metric per item id, on the benchmark and, if it is named, its twin, of each model
+        whose scores are looked at; a metric of which less is better is left out."""
         named = {"original": self.check.scores, "twin": self.check.twin}
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for model in self.study.variants:
+        for model in detectors.scored(self.check, self.needs, self.variant):
             path = self.results / "scores" / f"{model}.parquet"
+            if "scores" not in self.needs and not path.is_file():
+                continue  # only the estimated performance gain would need it
             table = score_table.table(path)
             self.inputs[str(path.relative_to(self.results))] = file_sha256(path)
             remedy = f"mergelab evaluate STUDY {model}"
-            shape = {"benchmarks": {"*": {"metric": str}}}
-            about = read_json(path.with_suffix(".json"), remedy, shape) or {"benchmarks": {}}
-            found[model] = {
-                kind: _per_item(table, name, about["benchmarks"], path)
-                for kind, name in named.items()
-                if name is not None
-            }
+            about = read_json(path.with_suffix(".json"), remedy, ABOUT_SCORES) or {"benchmarks": {}}
+            found[model] = {}
+            for kind, name in named.items():
+                if name is not None:
+                    values = _per_item(table, name, about["benchmarks"], path)
+                    entry = about["benchmarks"][name]
+                    self.metrics.add((entry["metric"], entry["higher_is_better"]))
+                    if entry["higher_is_better"]:
+                        found[model][kind] = values
         return found
+
+    def metrics_fit(self, detector: Detector) -> None:
+        """Raise NotAvailable if a detector of twins would compare unlike metrics."""
+        if "twin_scores" in detector.needs and (
+            len(self.metrics) != 1 or not all(higher for _, higher in self.metrics)
+        ):
+            names = " and ".join(sorted({name for name, _ in self.metrics}))
+            raise NotAvailable(
+                "needs one metric, of which more is better, on the benchmark and on its twin, but "
+                f"'{self.check.scores}' and '{self.check.twin}' are scored by {names}: set the "
+                "same 'metric', such as acc, for both"
+            )
 
     def corpus(self) -> dict[str, list[str]]:
         """The texts that the variant and its ancestors are declared to be trained on."""
@@ -170,31 +191,6 @@ def _trained_on(study: Study, model: str, results: Path) -> Iterator[tuple[str, 
         yield share.part, [item[share.field] for item in shown]
     for part in known.declared:
         yield part, [item["text"] for item in datasets.items(results, part)]
-
-
-def _comparable(model: Path, other: Path, variant: str, named: str, part: str) -> None:
-    """Raise UserError unless both models were probed on the same texts, cut alike into tokens.
-
-    What counts is the scored token ids: a fine-tune may add a token that no item holds."""
-    ours, theirs = evidence.metadata(model), evidence.metadata(other)
-    if ours["ids"] != theirs["ids"]:
-        raise UserError(
-            f"{model} and {other} were probed on different items of {part}.\n"
-            "  Run mergelab probe for both again."
-        )
-    if ours["tokens"] != theirs["tokens"]:
-        raise UserError(
-            f"Detectors that compare tokens need a shared tokenizer, but '{variant}' "
-            f"(sha256 {ours['tokenizer'][:12]}) and its {named} "
-            f"(sha256 {theirs['tokenizer'][:12]}) cut {part} into different tokens.\n"
-            "  Name a model with the same tokenizer, or leave these detectors out."
-        )
-    if ours["bos"] != theirs["bos"]:
-        raise UserError(
-            f"Detectors that compare tokens need texts to begin alike, but '{variant}' puts token "
-            f"{ours['bos']} before them and its {named} {theirs['bos']}.\n"
-            "  Set the same bos_token in both tokenizer_config.json, then probe both again."
-        )
 
 
 def _plain(

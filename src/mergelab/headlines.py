@@ -103,7 +103,7 @@ def flagged(check: Mapping[str, Any]) -> str:
     q = max(row["q"] for row in rows if row["flagged"])
     verb = "are" if len(hit) > 1 else "is"
     kinds = {row["variant"]: row["kind"] for row in rows}
-    groups = {kind: [n for n in hit if kinds[n] == kind] for kind in ("expert", "merge")}
+    groups = {kind: [n for n in hit if kinds[n] == kind] for kind in ("base", "expert", "merge")}
     parts = [f"{listed(names)}{_aucs(rows, names)}" for names in groups.values() if names]
     told = f"{listed(parts)} {verb} flagged for {what}; q ≤ {small(q, up=True)}."
     return f"{told} Not flagged: {spared}." if rest else told

@@ -99,7 +99,7 @@ def _effects(
 
 
 def _flag(detector: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    if detector["informational"]:
+    if detector["informational"] or row["q"] is None:
         return ""
     return " flagged" if row["flagged"] else " not flagged"
 

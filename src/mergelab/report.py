@@ -74,11 +74,11 @@ def gather(study: Study, results: Path) -> dict[str, Any]:
     records = provenance.read_records(study, results)
     parents = {name: graph.parents(name) for name in kinds}
     checks = contamination.check_tables(study, graph, kinds, findings)
-    marked = contamination.marked_items(checks, kinds)
+    marked = contamination.marked_items(study, checks)
     benchmarks, wholes = comparison.benchmark_tables(
         study, kinds, parents, summaries, results, marked
     )
-    contamination.add_scores(checks, benchmarks)
+    contamination.add_scores(checks, benchmarks, marked)
     descent = contamination.descent(study, graph, findings, checks)
     data: dict[str, Any] = {
         "mergelab": metadata.version("mergelab"),

@@ -30,7 +30,12 @@ COLUMNS = {
     "cluster": "string",  # items that share it share a passage; "" is an item of its own
 }
 ORDER = ("benchmark", "id", "filter", "metric")
-PASSAGES = ("passage", "context", "article", "support", "story")
+# fields whose text is what items share; Question is GPQA's, whose three sets overlap
+PASSAGES = ("passage", "context", "article", "support", "story", "Question")
+NO_MEANS = (
+    *("bleu", "brier_score", "bypass", "chrf", "chrf++", "f1", "matthews_corrcoef", "median"),
+    *("perplexity", "ter", "weighted_perplexity"),
+)  # aggregations of lm-eval that are no mean over items
 PER_TOKEN = {"bits_per_byte": math.log(2), "byte_perplexity": 1.0, "word_perplexity": 1.0}
 
 Row = dict[str, Any]
@@ -38,7 +43,9 @@ Sample = dict[str, Any]
 
 
 def rows(one: Work, samples: Sequence[Sample], variant: str) -> list[Row]:
-    """lm-eval's samples of one task as rows. Raises UserError if an answer is NaN or infinite."""
+    """lm-eval's samples of one task as rows, each with its passage as cluster (see `shared`).
+
+    Raises UserError if an answer is NaN or infinite."""
     ids, clusters = _ids(one, samples), _clusters(samples)
     found = []
     for sample in samples:
@@ -65,6 +72,18 @@ def rows(one: Work, samples: Sequence[Sample], variant: str) -> list[Row]:
                     }
                 )
     return found
+
+
+def shared(found: Sequence[Row]) -> list[Row]:
+    """The rows of all tasks; only passages that several items of a benchmark share stay clusters,
+    be the items of one task or of several."""
+    items = {(row["benchmark"], row["cluster"], row["id"]) for row in found}
+    sizes = Counter((benchmark, cluster) for benchmark, cluster, _ in items)
+    alone = {key for key, size in sizes.items() if size == 1}
+    return [
+        row | {"cluster": ""} if (row["benchmark"], row["cluster"]) in alone else row
+        for row in found
+    ]
 
 
 def encode(found: Sequence[Row]) -> bytes:
@@ -101,6 +120,13 @@ def table(path: Path) -> Any:
     return found.to_pandas()
 
 
+def decode(content: bytes) -> Any:
+    """What `encode` made, as `table` reads it."""
+    from pyarrow import parquet
+
+    return parquet.read_table(io.BytesIO(content)).to_pandas()
+
+
 def not_finite(variant: str, benchmark: str, number: int) -> UserError:
     """The mistake of a model whose answers are no numbers."""
     return UserError(
@@ -115,10 +141,47 @@ def label(metric: str, kind: str, first: str) -> str:
     return metric if kind == "none" and first == "none" else f"{metric},{kind}"
 
 
-def main_metric(config: dict[str, Any], labels: Sequence[str]) -> str:
-    """The metric that a benchmark is summed up by if it names none."""
-    preferred = "bits_per_byte" if config["output_type"] == "loglikelihood_rolling" else "acc"
-    return preferred if preferred in labels else labels[0]
+def planned(one: Work, task: Any) -> str:
+    """The metric that a task will be summed up by: the benchmark's, or the usual one of its kind.
+
+    Raises UserError if the task has no such metric, or if it is no mean over items."""
+    from lm_eval.api.registry import get_aggregation
+
+    kinds, aggregations = [entry.name for entry in task._filters], task.aggregation()
+    labels = [label(name, kind, kinds[0]) for kind in kinds for name in aggregations]
+    usual = "bits_per_byte" if task.OUTPUT_TYPE == "loglikelihood_rolling" else "acc"
+    main = one.bench.metric or (usual if usual in labels else labels[0])
+    check_name(one, main, labels)
+    no_means = [get_aggregation(name) for name in NO_MEANS]
+    if aggregations[main.partition(",")[0]] in no_means:
+        fit = [entry for entry in labels if aggregations[entry.partition(",")[0]] not in no_means]
+        raise _no_mean(one, main, fit)
+    return main
+
+
+def check_name(one: Work, metric: str, labels: Sequence[str]) -> None:
+    """Raise UserError if a task does not have the metric."""
+    if metric not in labels:
+        raise UserError(
+            f"{one.where}: the task has no metric '{metric}'. It has: {', '.join(labels)}."
+        )
+
+
+def check_mean(one: Work, metric: str, value: float, rows: Sequence[Row]) -> None:
+    """Raise UserError unless lm-eval's value of a metric is the weighted mean of the rows."""
+    name, _, kind = metric.partition(",")
+    own = [r for r in rows if (r["metric"], r["filter"]) == (name, kind or "none")]
+    weight = math.fsum(row["weight"] for row in own)
+    mean = math.fsum(row["value"] for row in own) / weight if weight else math.nan
+    if not math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
+        raise _no_mean(one, metric, sorted({row["metric"] for row in rows} - {name}))
+
+
+def _no_mean(one: Work, metric: str, others: Sequence[str]) -> UserError:
+    other = f"Choose another metric: {', '.join(others)}." if others else "The task has no other."
+    return UserError(
+        f"{one.where}: '{metric}' is no mean over items, so it has no interval. {other}"
+    )
 
 
 def chance(
@@ -159,14 +222,13 @@ def _ids(one: Work, samples: Sequence[Sample]) -> dict[int, str]:
 
 
 def _clusters(samples: Sequence[Sample]) -> dict[int, str]:
-    """12 digits of the passage that an item shares with others, or nothing, by doc_id."""
+    """12 digits of the passage of an item, or nothing, by doc_id."""
     passages = {}
     for sample in samples:
         texts = [sample["doc"].get(key) for key in PASSAGES]
         text = next((t for t in texts if isinstance(t, str) and t), None)
         passages[sample["doc_id"]] = digest(text)[:12] if text else ""
-    shared = Counter(passages.values())
-    return {n: p if shared[p] > 1 else "" for n, p in passages.items()}
+    return passages
 
 
 def _answer(sample: Sample) -> tuple[list[float], str]:

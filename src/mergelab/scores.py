@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,15 @@ from mergelab import (
 )
 from mergelab.answers import Answers, NotFinite, remembering
 from mergelab.checkpoint import Checkpoint, open_checkpoint
-from mergelab.errors import UserError
 from mergelab.progress import bar
-from mergelab.record import digest, file_entries, packages, write_bytes, write_json
+from mergelab.record import (
+    digest,
+    file_entries,
+    file_sha256,
+    packages,
+    write_bytes,
+    write_json,
+)
 from mergelab.score_table import Row, table
 from mergelab.study import Study
 from mergelab.suites import Benchmark
@@ -31,8 +36,7 @@ from mergelab.task_build import Work
 
 __all__ = ["VERSION", "evaluate", "table"]
 
-VERSION = 2
-SEEDS = (0, 1234, 1234)  # of random, numpy and torch before each task: lm-eval's own
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
     these weights is asked of the model.
 
     Writes results/scores/<variant>.parquet (see score_table) and .json; returns what belongs in
-    the record. Raises UserError for a task, data file or item that is no good, before the model is
-    loaded. An interruption keeps every answer in results/scores/runs."""
+    the record. Raises UserError for a task, data file, item or metric that is no good, before the
+    model is loaded. An interruption keeps every answer in results/scores/runs."""
     started = time.perf_counter()
     place = results / "scores"
     with inference.quiet(offline=True):
@@ -64,9 +68,8 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
             runs = _run(checkpoint, variant, works, answers)
         finally:
             answers.save()
-    rows = [row for run in runs for row in run.rows]
-    write_bytes(place / f"{variant}.parquet", score_table.encode(rows))
-    whole = table(place / f"{variant}.parquet")
+    content = score_table.encode(score_table.shared([row for run in runs for row in run.rows]))
+    whole = score_table.decode(content)
     benchmarks = {bench.name: _summary(bench, runs, whole) for bench in study.suite}
     versions = packages()
     output = {
@@ -75,6 +78,7 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
         "lm_eval": versions["lm-eval"],
         "dtype": dtype,
     }
+    write_bytes(place / f"{variant}.parquet", content)
     write_json(place / f"{variant}.json", output)
     return {
         "variant": variant,
@@ -91,9 +95,11 @@ def _model_key(checkpoint: Checkpoint, hashes: Mapping[str, str], dtype: str) ->
     import torch
 
     tokenizer = inference.load_tokenizer(checkpoint.folder)
+    generation = checkpoint.folder / "generation_config.json"  # penalties, stop tokens
     return digest(
         {
             "weights": dict(hashes),
+            "generation": file_sha256(generation) if generation.is_file() else "",
             "tokenizer": inference.tokenizer_hash(tokenizer),
             "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
             "length": inference.max_length(checkpoint.folder, tokenizer),
@@ -111,27 +117,36 @@ def _run(
     """Every task of the suite, one after the other: a task's score never depends on the others."""
     with tempfile.TemporaryDirectory(prefix="mergelab-") as cache:
         built = [task_build.build(one, cache) for one in works]
-        total = sum(count * _requests(task) for task, count in built)
+        tasks = [task for task, _ in built]
+        metrics = [score_table.planned(*pair) for pair in zip(works, tasks, strict=True)]
+        total = sum(
+            count * _requests(one, task) for one, (task, count) in zip(works, built, strict=True)
+        )
         with bar("Scoring", total) as progress:
             model = remembering(lambda: inference.load(checkpoint), answers, progress)
             return [
-                _score(one, *task, model, variant, answers)
-                for one, task in zip(works, built, strict=True)
+                _score(one, *task, metric, model, variant, answers)
+                for one, task, metric in zip(works, built, metrics, strict=True)
             ]
 
 
-def _requests(task: Any) -> int:
+def _requests(one: Work, task: Any) -> int:
     """Model calls per item: one per choice, judged by the first item."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return 1
-    return len(task.doc_to_choice(task.eval_docs[0]))
+    with task_build.sandbox(one):
+        return len(task.doc_to_choice(task.eval_docs[0]))
 
 
-def _score(one: Work, task: Any, count: int, model: Any, variant: str, answers: Answers) -> Run:
-    """Run one task: its rows, and lm-eval's own value of every metric."""
+def _score(
+    one: Work, task: Any, count: int, metric: str, model: Any, variant: str, answers: Answers
+) -> Run:
+    """Run one task: its rows, and lm-eval's own value of every metric.
+
+    Raises UserError if the value of the main `metric` is not the mean of the rows."""
     from lm_eval.evaluator import evaluate as lm_evaluate
 
-    _seed()
+    task_build.seed()
     try:
         with task_build.sandbox(one):
             found = lm_evaluate(
@@ -152,22 +167,10 @@ def _score(one: Work, task: Any, count: int, model: Any, variant: str, answers: 
         if "," in key and "_stderr," not in key
         for name, _, kind in [key.partition(",")]
     }
-    main = one.bench.metric or score_table.main_metric(one.config, list(values))
-    if main not in values:
-        raise UserError(
-            f"{one.where}: the task has no metric '{main}'. It has: {', '.join(values)}."
-        )
-    higher = bool(task.higher_is_better()[main.partition(",")[0]])
-    return Run(one, score_table.rows(one, samples, variant), values, main, higher)
-
-
-def _seed() -> None:
-    import numpy
-    import torch
-
-    random.seed(SEEDS[0])
-    numpy.random.seed(SEEDS[1])
-    torch.manual_seed(SEEDS[2])
+    score_table.check_name(one, metric, list(values))
+    rows = score_table.rows(one, samples, variant)
+    score_table.check_mean(one, metric, values[metric], rows)
+    return Run(one, rows, values, metric, bool(task.higher_is_better()[metric.partition(",")[0]]))
 
 
 def _summary(bench: Benchmark, runs: Sequence[Run], whole: Any) -> dict[str, Any]:
@@ -177,12 +180,7 @@ def _summary(bench: Benchmark, runs: Sequence[Run], whole: Any) -> dict[str, Any
     own = [run for run in runs if run.work.bench is bench]
     first, metric = own[0], own[0].metric
     counted = items.items_of(whole, bench, metric)
-    if counted is None:
-        named = ", ".join(sorted({row["metric"] for row in first.rows}))
-        raise UserError(
-            f"{first.work.where}: '{metric}' is no mean over items, so it has no interval. Choose "
-            f"another metric: {named}."
-        )
+    assert counted is not None  # every run has rows of the metric
     found = aggregates.score(counted.parts)
     hashes = sorted(run.work.hash for run in own)
     if len(own) == 1:

@@ -190,13 +190,14 @@ class Steps:
         used: dict[str, detectors.Detector] = {}
         for check in study.contamination:
             where = detectors.place(study, check)
-            used |= {known: detectors.find(known, where) for known in check.detectors}
+            own = {known: detectors.find(known, where) for known in check.detectors}
+            used |= own
+            needs = {need for detector in own.values() for need in detector.needs}
+            scored = detectors.scored(check, needs, name)
+            wanted += [("evaluate", model) for model in scored]
             wanted += [self.part(check.suspects), self.part(check.controls)]
             wanted += [("probe", model) for model in (name, check.base, *check.siblings)]
-        needs = {need for detector in used.values() for need in detector.needs}
-        if "scores" in needs:
-            wanted += [("evaluate", variant) for variant in study.variants]
-        if "corpus" in needs:
+        if any("corpus" in detector.needs for detector in used.values()):
             wanted += [self.part(part) for part in _training_parts(study)]
         checks = [asdict(check) for check in study.contamination]
         known = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mergelab.study import Study, is_file
 from mergelab.suites import Benchmark, Pin
 
 SEED = 1234  # of the few-shot draw, lm-eval's default
+SEEDS = (0, 1234, 1234)  # of random, numpy and torch before each task: lm-eval's own
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 BUILDERS |= {".parquet": "parquet"}
 
@@ -158,6 +160,7 @@ def build(one: Work, cache: str) -> tuple[Any, int]:
     with _quietly(), sandbox(one), task_checks.blamed(one.where):
         if one.replaced:
             _check_names(one, data["test"].column_names)
+        seed()  # process_docs may shuffle
         try:
             loaded = TaskManager(include_defaults=False).load([one.config | given])
         except Exception as error:
@@ -175,6 +178,16 @@ def build(one: Work, cache: str) -> tuple[Any, int]:
         task_checks.check_items(task, [docs[i] for i in asked], one.where)
         task.set_fewshot_seed(SEED)
     return task, count
+
+
+def seed() -> None:
+    """What is random in a task (the order of GPQA's choices) is as in a run of lm-eval of it."""
+    import numpy
+    import torch
+
+    random.seed(SEEDS[0])
+    numpy.random.seed(SEEDS[1])
+    torch.manual_seed(SEEDS[2])
 
 
 @contextlib.contextmanager
@@ -197,7 +210,11 @@ def _quietly() -> Iterator[None]:
 
 
 def _check_names(one: Work, fields: list[str]) -> None:
-    """lm-eval takes the name of a field that is missing for the text itself; we do not."""
+    """lm-eval takes the name of a field that is missing for the text itself; we do not.
+
+    Fields that the task's own `process_docs` makes (HellaSwag's choices) are not in the file."""
+    if one.config.get("process_docs") is not None:
+        return
     values = [one.config.get(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
     names = [v for v in values if isinstance(v, str) and re.fullmatch(r"[A-Za-z_]\w*", v)]
     if missing := [name for name in names if name not in fields]:

@@ -6,6 +6,7 @@ the detector's and whose object is a Detector."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -26,7 +27,7 @@ from mergelab.study import Check, Study
 
 __all__ = ["DETECTORS", "Detector", "Evidence", "Finding", "Probed", "Tokens"]
 
-VERSION = 2
+VERSION = 3
 FLAG_Q = 0.01  # q below this is flagged; q = p after Benjamini-Hochberg over a study's findings
 GROUP = "mergelab.detectors"
 LEAST_ITEMS = 2  # of a part; a benchmark worth a verdict has far more
@@ -50,7 +51,7 @@ DETECTORS: dict[str, Detector] = {
 def verdict(q: float) -> str:
     """One line on a finding. It never says clean: no detector can."""
     if q < FLAG_Q:
-        return f"flagged: q < {FLAG_Q} - scores suspects above controls of the same distribution"
+        return f"flagged: q < {FLAG_Q} against its null hypothesis"
     return "no evidence at this sample size"
 
 
@@ -115,8 +116,17 @@ def place(study: Study, check: Check) -> str:
     return f"{study.folder / 'study.yaml'}: check of {check.benchmark}"
 
 
+def scored(check: Check, needs: Set[str], variant: str) -> tuple[str, ...]:
+    """The models whose scores a check's detectors look at; beside a corpus, where the scores only
+    add what the copies were worth, the variant alone."""
+    if "scores" in needs:
+        return tuple(dict.fromkeys((variant, check.base, *check.siblings)))
+    return (variant,) if "corpus" in needs and check.scores else ()
+
+
 def problems(study: Study) -> list[str]:
-    """What the checks of a study lack for their detectors, one text per mistake."""
+    """What the checks of a study lack for their detectors, and what in it contradicts their null
+    hypotheses; one text per mistake."""
     found: list[str] = []
     for check in study.contamination:
         where = place(study, check)
@@ -133,7 +143,8 @@ def problems(study: Study) -> list[str]:
                 found.append(str(error))
                 continue
             found += [f"{where}: {name} {lack}" for lack in _lacks(study, check, detector)]
-        found += [f"{where}: {text}" for text in _too_small(study, check)]
+        several = (*_too_small(study, check), *_contradictions(study, check))
+        found += [f"{where}: {text}" for text in several]
     return found
 
 
@@ -161,4 +172,43 @@ def _too_small(study: Study, check: Check) -> list[str]:
         size = study.datasets[dataset].parts.get(name) if dataset in study.datasets else None
         if size is not None and size < LEAST_ITEMS:
             found.append(f"{part} has {size} item, but needs {LEAST_ITEMS}. Enlarge the part.")
+    return found
+
+
+def _contradictions(study: Study, check: Check) -> Iterator[str]:
+    """What the study itself says against the null hypotheses of a check."""
+    if check.suspects == check.controls:
+        yield f"suspects and controls are both {check.suspects}. Name another part as one of them."
+    for name in study.models:
+        if check.controls in shown(study, name):
+            yield (
+                f"'{name}' is trained on the controls, {check.controls}, which no model of the "
+                "study may have seen. Name another part, or train on another."
+            )
+    for sibling in check.siblings:
+        for name in _line(study, sibling):
+            seen = check.suspects in shown(study, name)
+            if seen or (name != sibling and name in check.planted):
+                by = "" if name == sibling else f" by way of '{name}', which it is trained from"
+                yield (
+                    f"'{sibling}' is among 'siblings', which are clean models, but saw the "
+                    f"suspects, {check.suspects}{by}. Take it out of 'siblings'."
+                )
+                break
+
+
+def shown(study: Study, name: str) -> tuple[str, ...]:
+    """The parts that a model is trained on, here or as declared."""
+    model = study.models[name]
+    here = [share.part for share in model.train.data] if model.train else []
+    return tuple(dict.fromkeys([*here, *model.declared]))
+
+
+def _line(study: Study, name: str) -> list[str]:
+    """A model and those that its training starts from, one after the other."""
+    found, following = [], [name]
+    while following and following[0] in study.models and following[0] not in found:
+        found += following
+        train = study.models[found[-1]].train
+        following = [train.start] if train and train.start else []
     return found

@@ -53,7 +53,8 @@ class Evidence:
     """What is known of one model and one check; empty where a study does not say.
 
     `siblings` are models of the same base known to be clean, never the model itself. `scores` holds
-    every model's metric per item id: {model: {"original" | "twin": {id: value}}};
+    the metric per item id of the model, its base and its siblings, if more of it is better:
+    {model: {"original" | "twin": {id: value}}};
     `items` the items of suspects and controls as prepared; `corpus` the texts that the model and
     its ancestors are declared to have been trained on, by "ancestor: part"."""
 

@@ -45,7 +45,7 @@ from mergelab.detectors.base import (
     gains,
     item_finding,
 )
-from mergelab.errors import UserError
+from mergelab.errors import NotAvailable
 
 Ids = dict[str, Sequence[str]]
 
@@ -98,9 +98,9 @@ def answer_loss(evidence: Evidence) -> Finding:
     ids, found = scores(evidence, answers=True)
     left = sum(len(evidence.model.views[part].ids) - len(ids[part]) for part in PARTS)
     if min(map(len, ids.values())) < 2:
-        raise UserError(
-            f"Detector 'answer_loss' on {evidence.benchmark}: {left} items have no answer within "
-            f"the length that '{evidence.model.name}' takes, and too few are left. Leave it out."
+        raise NotAvailable(
+            f"{left} items have no answer within the length that '{evidence.model.name}' takes, "
+            "and too few are left"
         )
     names = [sibling.name for sibling in evidence.siblings]
     return item_finding(ids, found, {"siblings": names, "items_without_answer": left})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import lineage, statistics
+from mergelab.detectors import shown
 from mergelab.study import Study
 from mergelab.yamlfile import load
 
@@ -104,7 +105,8 @@ def verdict(taints: Sequence[Taint], undeclared: Sequence[str]) -> str:
 
 
 def study_sources(study: Study, graph: lineage.Graph) -> list[Source]:
-    """What a study plants, and the published reports on its models, under the study's names."""
+    """What a study plants, and the published reports on its models and on the data sets that these
+    are trained on, under the study's names of the models."""
     planted = [
         Source(name, check.benchmark, "planted", "study.yaml")
         for check in study.contamination
@@ -118,7 +120,19 @@ def study_sources(study: Study, graph: lineage.Graph) -> list[Source]:
         for node in graph.nodes
         for flag in by_name.get(_hub_name(study, node.name), ())
     ]
-    return planted + published
+    trained = [
+        Source(name, flag.benchmark, f"trained on {part}: {flag.evidence}", flag.source)
+        for name in study.models
+        for part in shown(study, name)
+        for flag in by_name.get(f"datasets/{_dataset_hub(study, part)}", ())
+    ]
+    return planted + published + trained
+
+
+def _dataset_hub(study: Study, part: str) -> str:
+    """org/name of a part's hub data set, without commit, as it is compared."""
+    dataset = study.datasets.get(part.partition("/")[0])
+    return ((dataset.hub if dataset else None) or "").partition("@")[0].casefold()
 
 
 def _hub_name(study: Study, node: str) -> str:
