@@ -50,6 +50,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
+        self.authorized: list[str] = []  # those of them that came with an Authorization header
         self.status: int | None = None  # every answer has this status code
         self.flipped: set[str] = set()  # files that arrive with their last byte changed
         self.stalled: set[str] = set()  # files that stop half-way
@@ -146,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append(f"{self.command} {path}")
+        if "authorization" in self.headers:
+            self.hub.authorized.append(f"{self.command} {path}")
         if self.hub.status is not None:
             self._refuse(self.hub.status, None)
         elif self.hub.answers:
@@ -179,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            self.hub.repos.setdefault(name, Repo())
+            if name not in self.hub.repos:
+                self.hub.publish(name, {".gitattributes": b""})
             self._json({"url": f"{self.hub.url}/{name}"})
         elif match := BATCH.match(path):
             objects = [self._slot(entry) for entry in json.loads(body)["objects"]]
@@ -203,13 +207,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _take(self, repo: str, body: bytes) -> None:
         """A commit, as lines of JSON: a header, then one line per file."""
-        files: dict[str, bytes] = {}
+        known = self.hub.repos[repo]
+        files = dict(known.commits[known.branches["main"]])
         for line in body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             elif entry["key"] == "lfsFile":
                 files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[entry["value"]["path"]]
         commit = self.hub.publish(repo, files)
         page = f"{self.hub.url}/{repo}/commit/{commit}"
         self._json({"success": True, "commitOid": commit, "commitUrl": page})

@@ -349,6 +349,77 @@ def test_the_note_waits_for_another_dvc_command(clone: Clone) -> None:
     assert time.monotonic() - started > 6
 
 
+def test_what_was_not_pulled_is_not_noted_as_gone(bare: Clone) -> None:
+    before = (bare.place / "dvc.lock").read_text()
+    for part in ("scores", "data", "evidence", "findings", "report.html", "report.json"):
+        bare.run("dvc", "pull", f"results/demo/{part}")
+    with (bare.place / "src/mergelab/page.py").open("a") as file:
+        file.write("# a remark\n")  # makes the note due
+    said = bare.run("snakemake", code=1)
+    assert "merge arithmetic has a record, but is not here. Run:\n  dvc pull files@demo\n" in said
+    assert not (bare.results / "merged").exists()
+    assert (bare.place / "dvc.lock").read_text() == before
+    bare.run("dvc", "pull", "files@demo")
+    assert "DVC has its results" in bare.run("snakemake")
+    bare.is_whole()
+
+
+def test_results_of_another_commit_are_not_noted_as_this_ones(clone: Clone) -> None:
+    clone.run(*MERGELAB, "fetch", "recipes/demo", "public")
+    clone.change("arithmetic", "weight: 0.5", "weight: 0.25")
+    clone.run("snakemake")
+    clone.commit("Another weight")
+    clone.run("git", "checkout", "--quiet", "HEAD~1")  # and no dvc checkout
+    asked = "Run: dvc checkout files@demo"
+    assert f"some results are not here. {asked}" in clone.run("snakemake", "-n")
+    clone.change("ties", "lambda: 1.0", "lambda: 0.75")
+    assert "  dvc checkout files@demo\n" in clone.run("snakemake", code=1)
+    clone.run("git", "checkout", "--quiet", "recipes")
+    said = clone.run(*MERGELAB, "record", "recipes/demo", code=2)
+    assert "merge arithmetic has a record, but is not here" in said
+    clone.run("dvc", "checkout", "files@demo")
+    assert "some results" not in clone.run("snakemake", "-n")
+    clone.is_whole()
+
+
+def test_a_clone_of_a_study_that_dvc_does_not_keep_lacks_its_results(bare: Clone) -> None:
+    path = bare.place / "dvc.yaml"
+    path.write_text(path.read_text().replace("- demo", "- other"))
+    said = bare.run("snakemake", "-n")
+    assert "demo is not one of the studies of dvc.yaml" in said
+    assert "To do everything again: rm -r results/demo/records" in said
+    bare.change("ties", "lambda: 1.0", "lambda: 0.75")
+    (record,) = (bare.results / "records").glob("merge-arithmetic.*.json")
+    assert f"  rm {record.relative_to(bare.place)}\n" in bare.run("snakemake", code=1)
+
+
+def test_when_dvc_refuses_it_says_why_and_there_is_no_record(clone: Clone) -> None:
+    (mark,) = (clone.results / "records").glob("record-demo.*.json")
+    mark.unlink()
+    path = clone.place / "dvc.lock"
+    before = path.read_text()
+    path.write_text("schema: '2.0'\nstages: 7\n")
+    said = clone.run(*MERGELAB, "record", "recipes/demo", code=2)
+    assert "DVC refused to commit files@demo:" in said
+    assert "dvc.lock" in said
+    assert not mark.exists()
+    path.write_text(before)
+
+
+def test_dvc_has_the_results_before_there_is_a_record(clone: Clone) -> None:
+    (mark,) = (clone.results / "records").glob("record-demo.*.json")
+    mark.unlink()
+    (clone.place / "dvc.lock").unlink()
+    process = subprocess.Popen((*MERGELAB, "record", "recipes/demo"), cwd=clone.place)
+    while process.poll() is None and not mark.exists():
+        time.sleep(0.01)
+    process.kill()  # at its first sight
+    process.wait()
+    stages = yaml.safe_load((clone.place / "dvc.lock").read_text())["stages"]
+    merged = next(out for out in stages["files@demo"]["outs"] if out["path"].endswith("/merged"))
+    assert merged["nfiles"] > 6
+
+
 @pytest.mark.parametrize(
     ("without", "why"),
     [

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -439,19 +439,36 @@ def test_an_input_that_changes_while_it_is_merged_leaves_nothing(place: Path) ->
     assert merge(plan, part=(1, 2)) == want
 
 
-@contextmanager
-def changing(path: Path) -> Iterator[None]:
+def test_an_input_that_gets_new_links_while_it_is_merged_is_the_same(place: Path) -> None:
+    plan, weights = planned(), place / "b/model-00003-of-00003.safetensors"
+    want = merge(plan, "reference")
+
+    def link(number: int) -> None:
+        (place / f"link{number % 100}").unlink(missing_ok=True)
+        os.link(weights, place / f"link{number % 100}")
+
+    with repeating(link):
+        assert merge(plan) == want
+
+
+def changing(path: Path) -> AbstractContextManager[None]:
     """Somebody touches a file all the time."""
+    return repeating(lambda number: os.utime(path, ns=(number, number)))
+
+
+@contextmanager
+def repeating(act: Callable[[int], None]) -> Iterator[None]:
+    """Somebody does something all the time, with the numbers 1, 2 and so on."""
     with ThreadPoolExecutor(1) as pool:
         stop = list[int]()
 
-        def touch() -> None:
+        def work() -> None:
             for number in itertools.count(1):
-                os.utime(path, ns=(number, number))
+                act(number)
                 if stop:
                     return
 
-        running = pool.submit(touch)
+        running = pool.submit(work)
         try:
             yield
         finally:

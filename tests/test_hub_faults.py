@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Run
 from loopback_hub import LoopbackHub
 from safetensors.numpy import save
 
@@ -99,7 +100,7 @@ def test_a_hub_that_stays_broken_is_explained_and_nothing_is_left(server: Loopba
     assert not Path("results/x/models/m").exists()
 
 
-def test_files_may_come_from_another_host(server: LoopbackHub) -> None:
+def test_files_may_come_from_another_host_which_sees_no_token(server: LoopbackHub) -> None:
     commit = server.publish("acme/m", FILES)
     with LoopbackHub() as other:
         other.repos = server.repos
@@ -110,6 +111,8 @@ def test_files_may_come_from_another_host(server: LoopbackHub) -> None:
         finally:
             del os.environ["HF_TOKEN"]
         assert any(WEIGHTS in request for request in other.requests)
+        assert any(WEIGHTS in request for request in server.authorized)
+        assert other.authorized == []  # the token is the hub's alone
 
 
 def test_a_file_of_unannounced_length_is_verified(server: LoopbackHub) -> None:
@@ -154,6 +157,25 @@ def test_check_verifies_every_byte_without_a_hub(server: LoopbackHub) -> None:
     found = models.check(study, "m", Path("results/x"))
     assert found == ["config.json is missing", f"{WEIGHTS} has another sha256 than was pinned"]
     assert server.requests == []
+
+
+def test_check_looks_at_hub_models_that_only_recipes_name(
+    server: LoopbackHub, mergelab: Run
+) -> None:
+    folder = study_of(server.publish("acme/m", FILES))
+    other = f"acme/other@{server.publish('acme/other', FILES)}"
+    entry = f"{{model: {other}, parameters: {{weight: 1}}}}"
+    (folder / "one.yaml").write_text(f"merge_method: linear\nmodels: [{entry}]\n")
+    fetch(folder)
+    assert mergelab("fetch", folder, "one").returncode == 0
+    server.stop()
+    said = mergelab("fetch", folder, "--check")
+    assert (said.returncode, f"as pinned: m, {other}" in said.stderr) == (0, True), said.stderr
+    (out,) = Path("results/x/models").glob("acme--other--*")
+    (out / "config.json").unlink()
+    said = mergelab("fetch", folder, "--check")
+    assert (said.returncode, f"{out}: config.json is missing" in said.stderr) == (2, True)
+    assert mergelab("fetch", folder, "m", "--check").returncode == 0
 
 
 def test_check_of_a_model_that_was_never_fetched_says_so(server: LoopbackHub) -> None:

@@ -17,7 +17,7 @@ from loopback_hub import LoopbackHub
 from mergelab import engine, locate, models
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
-from mergelab.record import write_json
+from mergelab.record import file_sha256, write_json
 from mergelab.study import load_study
 
 STUDY = """\
@@ -63,7 +63,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoopbackHub
         entry |= {"higher_is_better": True, "chance": 0.25, "task": "arc_easy"}
         whole = {"benchmarks": {"arc": entry}, "lm_eval": "0.4.13", "dtype": "float32"}
         write_json(place / "results/mine/scores/half.json", whole)
+        scored = {"inputs": {"model": weights(place)}}
+        write_json(place / "results/mine/records/evaluate-half.0123456789ab.json", scored)
         yield hub, place
+
+
+def weights(place: Path) -> dict[str, str]:
+    """sha256 of the merge's weights."""
+    file = place / "results/mine/merged/half/model.safetensors"
+    return {file.name: file_sha256(file)}
 
 
 @pytest.fixture
@@ -87,6 +95,11 @@ def make(hub: LoopbackHub, licences: dict[str, str]) -> Path:
         front = f"license: {licences[name]}\n" if name in licences else "tags: [x]\n"
         files["README.md"] = f"---\n{front}---\n# x\n".encode()
     return Path("recipes/mine")
+
+
+def head(hub: LoopbackHub, repo: str) -> dict[str, bytes]:
+    """The files of a repository's main branch."""
+    return hub.repos[repo].commits[hub.repos[repo].branches["main"]]
 
 
 def test_the_card_names_parents_scores_and_record(
@@ -120,7 +133,7 @@ def test_the_published_recipe_gives_the_published_bytes(
     done = mergelab("publish", folder, "half", "--to", "me/half", "--upload", **token)
     assert done.returncode == 0, done.stderr
     assert hub.token not in done.stdout + done.stderr
-    (files,) = hub.repos["me/half"].commits.values()
+    files = head(hub, "me/half")
     assert {"README.md", "mergekit_config.yml", "merge.json", "config.json"} <= files.keys()
     assert not any(hub.token.encode() in data for data in files.values())
     again = tmp_path / "again"
@@ -136,6 +149,7 @@ def test_the_published_recipe_gives_the_published_bytes(
     [
         ({"a": "mit", "b": "llama2"}, "their licences differ"),
         ({"a": "mit"}, "not every licence is known"),
+        ({"a": "other", "b": "other"}, "not every licence is known"),
     ],
 )
 def test_licences_that_do_not_agree_need_a_choice(
@@ -170,3 +184,117 @@ def test_changed_weights_are_not_published(tmp_path: Path, mergelab: Run, hub: L
     assert "is not the file of its record" in done.stderr
     done = mergelab("publish", folder, "hulf", "--to", "me/half")
     assert "Did you mean 'half'?" in done.stderr
+
+
+def again(mergelab: Run, folder: Path, recipe: str, *options: str) -> None:
+    """Merge another recipe into the place of the first one."""
+    (folder / "half.yaml").write_text(recipe)
+    done = mergelab("merge", folder / "half.yaml", "-o", "results/mine/merged/half", *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scores_of_other_weights_are_not_published(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    again(mergelab, folder, LINEAR.replace("weight: 0.5", "weight: 0.1", 1))
+    done = mergelab("publish", folder, "half", "--to", "me/half")
+    assert done.returncode == 2
+    assert "its scores are of other weights. Run: snakemake --config study=mine" in done.stderr
+    next(Path("results/mine/records").glob("evaluate-*")).unlink()
+    done = mergelab("publish", folder, "half", "--to", "me/half")
+    assert done.returncode == 0
+    assert "the scores have no record" in done.stderr
+    assert "Not evaluated." in (tmp_path / "results/mine/published/half/README.md").read_text()
+
+
+def test_findings_of_other_weights_or_evidence_are_not_published(
+    mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    found = {"benchmark": "bench", "detector": "base_loss", "detector_version": 1, "p": 0.5}
+    found |= {"effect_name": "d", "effect": 0.1, "ci95": None, "informational": False}
+    found |= {"n_suspects": 2, "n_controls": 2, "flagged": [], "item_scores": None}
+    texts = dict.fromkeys(("statistic", "null_hypothesis", "guarantees", "blind_spots"), "x")
+    write_json(Path("results/mine/findings/half.json"), [found | texts])
+
+    def publish() -> tuple[int, str]:
+        done = mergelab("publish", folder, "half", "--to", "me/half")
+        return done.returncode, done.stderr
+
+    def records(model: dict[str, str], used: str) -> None:
+        made = {"inputs": {"model": model}, "outputs": [{"name": "e", "sha256": "1"}]}
+        write_json(Path("results/mine/records/probe-half.0123456789ab.json"), made)
+        seen = {"inputs": {"evidence/e": used}}
+        write_json(Path("results/mine/records/detect-half.0123456789ab.json"), seen)
+
+    assert "the findings have no record" in publish()[1]
+    records(weights(Path()), "1")
+    code, said = publish()
+    assert (code, "findings" in said) == (0, False)
+    assert "base_loss" in Path("results/mine/published/half/README.md").read_text()
+    for model, used in (({"model.safetensors": "0"}, "1"), (weights(Path()), "0")):
+        records(model, used)
+        code, said = publish()
+        assert code == 2
+        assert "its findings are of other weights or other evidence" in said
+
+
+def test_random_masks_are_not_said_to_come_again_under_other_names(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    for path in Path("results/mine/records").glob("evaluate-*"):
+        path.unlink()
+    dare = LINEAR.replace("linear", "dare_linear\nbase_model: a")
+    dare = dare.replace("weight: 0.5", "weight: 0.5, density: 0.5")
+    again(mergelab, folder, dare, "--seed", "7")
+    card = tmp_path / "results/mine/published/half/README.md"
+    assert mergelab("publish", folder, "half", "--to", "me/half").returncode == 0
+    assert "--seed 7" in card.read_text()
+    assert "other random masks" in card.read_text()
+    assert "same bytes" not in card.read_text()
+    pinned = (card.parent / "mergekit_config.yml").read_text()
+    again(mergelab, folder, pinned, "--seed", "7")
+    assert mergelab("publish", folder, "half", "--to", "me/half").returncode == 0
+    assert "--seed 7` gives the same bytes" in card.read_text()
+    (tmp_path / "elsewhere.yaml").write_bytes((card.parent / "mergekit_config.yml").read_bytes())
+    mergelab("merge", tmp_path / "elsewhere.yaml", "-o", tmp_path / "out", "--seed", "7")
+    assert file_sha256(tmp_path / "out/model.safetensors") in card.read_text()
+
+
+def test_an_upload_removes_the_weights_of_an_earlier_one(mergelab: Run, hub: LoopbackHub) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    index, shard = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+    hub.publish("me/half", {index: b"{}", shard: b"x", "NOTES.md": b"mine"})
+    token = {"HF_TOKEN": hub.token}
+    done = mergelab("publish", folder, "half", "--to", "me/half", "--upload", **token)
+    assert done.returncode == 0, done.stderr
+    assert {"model.safetensors", "NOTES.md"} <= head(hub, "me/half").keys()
+    assert not {index, shard} & head(hub, "me/half").keys()
+
+
+def test_local_parents_are_named_without_their_paths(
+    tmp_path: Path, mergelab: Run, hub: LoopbackHub
+) -> None:
+    folder = make(hub, {"a": "mit", "b": "mit"})
+    shutil.copytree(tmp_path / "base", tmp_path / "models/math")
+    names = (f"{tmp_path}/base", "models/math", "recipe:half", "a")
+    entries = "".join(f"- {{model: '{name}', parameters: {{weight: 1}}}}\n" for name in names)
+    entries += f"- {{model: {{model: {{path: {tmp_path}/b}}}}, parameters: {{weight: 1}}}}\n"
+    (folder / "local.yaml").write_text(f"merge_method: linear\nmodels:\n{entries}")
+    done = mergelab("merge", folder / "local.yaml", "-o", "results/mine/merged/local")
+    assert done.returncode == 0, done.stderr
+    done = mergelab("publish", folder, "local", "--to", "me/local", "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    assert "merge.json keeps the paths" in done.stderr
+    out = tmp_path / "results/mine/published/local"
+    card, recipe = ((out / name).read_text() for name in ("README.md", "mergekit_config.yml"))
+    assert str(tmp_path) not in card + recipe
+    assert ModelCard(card).data.base_model == ["acme/a"]
+    assert "base, math, recipe:half, b is in no repository" in card
+    assert "same bytes" not in card
+    models = [entry["model"] for entry in yaml.safe_load(recipe)["models"]]
+    assert models[:3] == ["base", "math", "recipe:half"]
+    assert models[3].startswith("acme/a@")
+    assert models[4] == "b"

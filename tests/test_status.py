@@ -69,11 +69,56 @@ def test_steps_are_to_do_then_done_then_stale_with_the_reason(folder: Path, merg
     assert states(folder)["merge two"] == ("stale", "what it is made from was made anew")
 
 
+@pytest.mark.parametrize("verb", ["merge", "fetch"])
+def test_a_study_that_changed_after_it_was_planned_gets_no_record_of_what_it_was(
+    folder: Path, mergelab: Run, verb: str
+) -> None:
+    name = {"merge": "one", "fetch": "a"}[verb]
+    asked = record(folder, verb, name)
+    if verb == "merge":
+        (folder / "one.yaml").write_text(LINEAR % ("a", 0.5))
+        args = [str(folder / "one.yaml"), "-o", "results/mine/merged/one"]
+    else:
+        llama(folder.parents[1] / "a", 7)
+        args = [str(folder), "a"]
+    done = mergelab(verb, *args, "--record", str(asked))
+    assert done.returncode == 2
+    assert "changed since this run was planned" in done.stderr
+    assert not asked.exists()
+    assert not Path("results/mine/merged/one").exists()
+
+
 def test_a_failed_step_shows_the_last_line_of_its_log(folder: Path) -> None:
     log = Path("results/mine/logs") / record(folder, "fetch", "a").name.replace(".json", ".log")
     log.parent.mkdir(parents=True)
     log.write_text("reading\nerror: no disk\n")
     assert states(folder)["fetch a"] == ("failed", f"{log}: error: no disk")
+
+
+def test_a_step_that_was_done_and_is_no_longer_did_not_fail(folder: Path, mergelab: Run) -> None:
+    def logged(verb: str, name: str) -> None:
+        """Do a step as Snakemake does it, with what it says in its log."""
+        args = [str(folder / "one.yaml"), "-o", "results/mine/merged/one"]
+        args = args if verb == "merge" else [str(folder), name]
+        path = record(folder, verb, name)
+        log = Path("results/mine/logs") / path.name.replace(".json", ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(mergelab(verb, *args, "--record", str(path)).stderr)
+
+    logged("fetch", "a")
+    logged("merge", "one")
+    (folder / "one.yaml").write_text(LINEAR % ("a", 0.5))
+    logged("merge", "one")
+    (folder / "one.yaml").write_text(LINEAR % ("a", 1))
+    assert states(folder)["merge one"][0] == "stale"
+    mergelab("merge", str(folder / "one.yaml"), "-o", "results/mine/merged/one")  # by hand
+    mergelab("fetch", str(folder), "a")
+    assert states(folder)["fetch a"] == ("to do", "can run now")
+    logged("fetch", "a")
+    assert states(folder)["merge one"] == ("to do", "can run now")
+    logged("merge", "one")  # which is up to date
+    mergelab("merge", str(folder / "one.yaml"), "-o", "results/mine/merged/one")
+    assert states(folder)["merge one"] == ("to do", "can run now")
 
 
 def test_a_step_runs_while_a_process_is_in_it_and_the_next_one_waits(

@@ -19,11 +19,13 @@ HEADER = """\
 
 
 def rows(results: Path) -> list[dict[str, str]]:
-    """The last line of every benchmark file, with its step's name."""
+    """The last line of every benchmark file, with its step's name; a killed job's has none."""
     found = []
     for path in sorted((results / "benchmarks").glob("*.tsv")):
         with path.open(encoding="utf-8") as file:
             lines = list(csv.DictReader(file, delimiter="\t"))
+        if not lines:
+            continue
         step, _, rest = path.stem.partition(".")
         part = rest.partition(".")[2].replace("-of-", "/")  # of a divided merge
         found.append({**lines[-1], "step": f"{step.replace('-', ' ', 1)} {part}".strip()})

@@ -138,6 +138,8 @@ def merge(
         planned = _plan(recipe, results, shard_size)
     for warning in planned.warnings:
         say(f"note: {warning}")
+    if (recipe.parent / "study.yaml").is_file():
+        _still_asked(record, recipe.parent, "merge", recipe.stem)
     _forget(out.parent.parent, "merge", out.name)
     try:
         outcome = engine.merge(planned, out, workers=workers, seed=seed, part=parts)
@@ -247,6 +249,7 @@ def data(
 
     loaded = _study(study)
     place = results / loaded.name
+    _still_asked(record, study, "data", dataset)
     if dataset in ("", TASK_DATA) and any(bench.data is None for bench in loaded.suite):
         _forget(place, "data", TASK_DATA)
         _record(record, task_data.prepare(loaded, place))
@@ -269,7 +272,7 @@ def fetch(
         str, typer.Argument(metavar="MODEL", help="A model of study.yaml; all with --check.")
     ] = "",
     check: Annotated[
-        bool, typer.Option("--check", help="Ask no hub: are the files here those of the lock?")
+        bool, typer.Option("--check", help="Ask no hub: are the models here those of the lock?")
     ] = False,
     results: Results = RESULTS,
     record: RecordFile = None,
@@ -277,16 +280,17 @@ def fetch(
     """Bring one model of a study here: from the hub (verified), or out of a GGUF file.
 
     A local folder is only checked; it is used where it is. Given a recipe's name, fetches the hub
-    models that the recipe names itself."""
+    models that the recipe names itself. Data sets are checked by the steps that read them."""
     from mergelab import locate, models
 
     loaded = _study(study)
     place = results / loaded.name
     if check:
-        _checked(loaded, [model] if model else list(loaded.models), place)
+        _checked(loaded, model, place)
         return
     recipes = [path.stem for path in loaded.recipes]
     _known(model, (*loaded.models, *recipes), "model", loaded)
+    _still_asked(record, study, "fetch", model)
     if model in recipes or models.folder(loaded, model, place).exists():
         _forget(place, "fetch", model)  # else a clone's record comes true again
     if model in recipes:
@@ -307,6 +311,7 @@ def train(
     loaded = _study(study)
     place = results / loaded.name
     _known(model, loaded.models, "model", loaded)
+    _still_asked(record, study, "train", model)
     _forget(place, "train", model)
     _record(record, training.train(loaded, model, place / "models" / model, place))
     say(f"wrote {place / 'models' / model}")
@@ -322,6 +327,7 @@ def evaluate(
     loaded = _study(study)
     place = results / loaded.name
     folder = models.existing(loaded, variant, place)
+    _still_asked(record, study, "evaluate", variant)
     _forget(place, "evaluate", variant)
     _record(record, scores.evaluate(loaded, variant, folder, place))
     say(f"wrote {place / 'scores' / variant}.json")
@@ -337,6 +343,7 @@ def probe(
     loaded = _study(study)
     place = results / loaded.name
     folder = models.existing(loaded, variant, place)
+    _still_asked(record, study, "probe", variant)
     _forget(place, "probe", variant)
     _record(record, evidence.probe(loaded, variant, folder, place))
     say(f"wrote {place / 'evidence' / variant}")
@@ -351,6 +358,7 @@ def detect(
 
     loaded = _study(study)
     place = results / loaded.name
+    _still_asked(record, study, "detect", variant)
     _forget(place, "detect", variant)
     _record(record, findings.detect(loaded, variant, place))
     say(f"wrote {place / 'findings' / variant}.json")
@@ -362,6 +370,7 @@ def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = 
     from mergelab import report as page
 
     loaded = _study(study)
+    _still_asked(record, study, "report", loaded.name)
     _forget(results / loaded.name, "report", loaded.name)
     _record(record, page.write(loaded, results / loaded.name))
     say(f"wrote {results / loaded.name / 'report.html'}")
@@ -488,17 +497,22 @@ def _known(name: str, names: Any, what: str, study: Any) -> None:
         raise UserError(f"{study.folder / 'study.yaml'}: there is no {what} '{name}'.{hint}")
 
 
-def _checked(study: Any, names: list[str], place: Path) -> None:
-    """Compare the files of hub models with the lock; UserError if any differs."""
-    from mergelab import models
+def _checked(study: Any, model: str, place: Path) -> None:
+    """Compare the files of one hub model, or of all, with the lock; UserError if any differs."""
+    from mergelab import locate, models
     from mergelab.errors import Problems
 
-    problems = Problems()
+    problems, names = Problems(), [model] if model else list(study.models)
     for name in names:
         for wrong in models.check(study, name, place):
             problems.add(f"{models.folder(study, name, place)}: {wrong}.")
+    names = [name for name in names if study.models[name].hub]
+    for hub_id, found in locate.check(study, place) if not model else ():
+        names.append(hub_id)
+        for wrong in found:
+            problems.add(wrong)
     problems.raise_if_any()
-    say(f"as pinned: {', '.join(name for name in names if study.models[name].hub) or 'nothing'}")
+    say(f"as pinned: {', '.join(names) or 'nothing'}")
 
 
 def _forget(place: Path, verb: str, name: str) -> None:
@@ -509,6 +523,25 @@ def _forget(place: Path, verb: str, name: str) -> None:
 
     forget(place / "records", f"{verb}-{name}")
     forget(place / "records", f"record-{place.name}")
+
+
+def _still_asked(record: Path | None, study: Path, verb: str, name: str) -> None:
+    """Raise UserError if a step is no longer the one whose key `record` has in its name.
+
+    Called once everything that the key covers is read, so that no record tells of other work."""
+    from mergelab.record import KEYED
+
+    if record is None or not KEYED.fullmatch(record.name):
+        return
+    from mergelab.steps import Steps
+
+    loaded = _study(study)
+    step = Steps(loaded).all.get((verb, name))
+    if step is None or step.record != record.name:
+        raise UserError(
+            f"{loaded.folder}: changed since this run was planned, so that {record.name} is not "
+            f"what {verb} {name} would make now. Run: snakemake --config study={loaded.name}"
+        )
 
 
 def _record(path: Path | None, value: dict[str, Any]) -> None:

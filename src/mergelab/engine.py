@@ -257,14 +257,30 @@ class _Job:
         return record
 
     def check_states(self, journal: Journal) -> None:
-        """Raise UserError if an input file was written to since it was hashed."""
-        now = _states(self.plan)
-        for path in (path for path, state in self.states.items() if now[path] != state):
+        """Raise UserError if an input file was written to since it was hashed.
+
+        A new hard link to it, or other permissions, change only its last time: then its bytes
+        tell."""
+        now, hashed = _states(self.plan), self.input_hashes()
+        for path, state in self.states.items():
+            if now[path] == state:
+                continue
+            if now[path][:-1] == state[:-1] and file_sha256(path) == hashed[path]:
+                continue
             journal.path.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: was changed while it was merged; nothing was kept. "
                 "Run the same command again once nobody writes to it."
             )
+
+    def input_hashes(self) -> dict[Path, str]:
+        """The sha256 of each input file, as the record will have it."""
+        given = zip(self.plan.checkpoints.values(), self.identity["inputs"], strict=True)
+        return {
+            path: entry["sha256"]
+            for checkpoint, model in given
+            for path, entry in zip(input_files(checkpoint), model["files"], strict=True)
+        }
 
     def record(self, folder: Path, journal: Journal, hashed: dict[str, str]) -> dict[str, Any]:
         """What happened."""

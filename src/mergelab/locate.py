@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,11 +81,16 @@ def _outside(name: str, recipe: Recipe, results: Path, *, weights: bool = True) 
     if not is_hub_id(name):
         return None
     pinned = hub.resolve(name, recipe.path.parent / "lock.json")
-    out = results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
+    out = _home(pinned, results)
     if not weights:
         return hub_headers.folder_to_plan(pinned, out)
     hub.download(pinned, out)
     return out
+
+
+def _home(pinned: hub.Pinned, results: Path) -> Path:
+    """The folder of a hub model that only recipes name."""
+    return results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
 
 
 def fixed(name: str, recipe: Recipe, study: Study) -> str:
@@ -145,6 +150,16 @@ def fetch(study: Study, name: str, results: Path) -> dict[str, Any]:
     recipe = load_recipe(study.folder / f"{name}.yaml")
     found = {hub_id: _outside(hub_id, recipe, results) for hub_id in direct(recipe, study)}
     return {"recipe": name, "models": {hub_id: str(folder) for hub_id, folder in found.items()}}
+
+
+def check(study: Study, results: Path) -> Iterator[tuple[str, list[str]]]:
+    """Hub ids that recipes name themselves, with what of their files is not as pinned, in words.
+
+    Asks no hub. Raises UserError if one was never fetched."""
+    for hub_id in hub_ids(study.recipes, study):
+        pinned = hub.resolve(hub_id, study.lock)
+        out = _home(pinned, results)
+        yield hub_id, [f"{out}: {wrong}." for wrong in hub.check(pinned, out)]
 
 
 def _source(name: str, recipe: Recipe) -> Path:

@@ -1,8 +1,4 @@
-"""Publish a merge: model card, recipe and record beside the weights; upload to a hub if asked.
-
-The card is in the hub's own format (front matter with base_model, tags, licence and model-index).
-It says what was measured and how, what the contamination checks found, and how to re-create the
-weights; it claims nothing that the study's results do not hold."""
+"""Publish a merge: model card, recipe and record beside the weights; upload to a hub if asked."""
 
 from __future__ import annotations
 
@@ -16,28 +12,20 @@ from typing import Any
 
 import yaml
 
-from mergelab import contamination, hub, lineage, provenance
+from mergelab import contamination, hub, locate, provenance
+from mergelab.card import RECIPE, card
+from mergelab.checkpoint import INDEX
 from mergelab.comparison import SCORES
 from mergelab.errors import UserError, nearest
 from mergelab.folders import alone, building
-from mergelab.hub_errors import explained, hub_url
-from mergelab.record import digest, file_sha256, read_json, write_bytes
+from mergelab.hub_errors import explained
+from mergelab.parents import README, Parent, decide_licence, named_parents, paths_of_this_machine
+from mergelab.record import file_sha256, read_json, write_bytes
 from mergelab.study import Study
 from mergelab.writer import RECORD
 
-CARD, RECIPE = "README.md", "mergekit_config.yml"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z", re.A)
-OTHER = "other"  # the hub's word for a licence that is none of its list
-
-
-@dataclass(frozen=True)
-class Parent:
-    """A model that the recipe names: its hub repository and commit (or None), its licence."""
-
-    name: str
-    repo: str | None
-    commit: str | None
-    licence: str | None
+LONG = {"path", "revision", "model", "lora"}  # keys of mergekit's long form of a model's name
 
 
 @dataclass(frozen=True)
@@ -55,47 +43,52 @@ class Package:
 def prepare(study: Study, merge: str, repo: str, results: Path, licence: str | None) -> Package:
     """Write card, recipe and record to results/published/<merge>; nothing leaves the machine.
 
-    Raises UserError for a merge that is not there, whose weights are not those of its record, or
-    for parents whose licences differ or are unknown while `licence` is None."""
+    Raises UserError for a merge that is not there, whose weights are not those of its record, whose
+    scores or findings are of other weights, or for parents whose licences differ or are unknown
+    while `licence` is None."""
     if not REPO.match(repo):
         raise UserError(f"--to {repo}: write org/name.")
     merged, record = _merged(study, merge, results)
-    parents = _parents(study, record)
-    chosen, notes = _licence(parents, licence)
+    named = named_parents(study, merge, record)
+    parents = list(dict.fromkeys(parent for several in named.values() for parent in several))
+    chosen, notes = decide_licence(parents, licence)
+    notes += paths_of_this_machine(parents)
     out = results / "published" / merge
-    scores = read_json(
-        results / "scores" / f"{merge}.json", _again("evaluate", study, merge), SCORES
-    )
-    remedy, shape = _again("detect", study, merge), contamination.FINDINGS
-    findings = read_json(results / "findings" / f"{merge}.json", remedy, shape)
-    if not scores:
-        notes.append(
-            f"{merge} has no scores: the card names none. {remedy.replace('detect', 'evaluate')}"
-        )
-    recipe = _recipe(record, parents)
+    scores, findings = _results_of(study, merge, record, results, notes)
+    recipe = _recipe(record, named)
     with alone(out), building(out, "card") as folder:
         shutil.copyfile(merged / RECORD, folder / RECORD)
         write_bytes(folder / RECIPE, recipe.encode())
-        card = _card(study, merge, repo, record, parents, chosen, scores or {}, findings or [])
-        write_bytes(folder / CARD, card.encode())
+        text = card(study, merge, repo, record, parents, chosen, scores, findings)
+        write_bytes(folder / README, text.encode())
     weights = tuple(entry["name"] for entry in record["outputs"]["files"])
-    return Package(out, merged, (CARD, RECIPE, RECORD), weights, chosen, tuple(notes))
+    return Package(out, merged, (README, RECIPE, RECORD), weights, chosen, tuple(notes))
 
 
 def upload(package: Package, repo: str, *, private: bool) -> str:
     """Create the repository if need be and upload everything in one commit; returns its address.
 
+    Weights that are there and not in the package are deleted: a loader would read them too.
     Raises UserError if the hub refuses; the token comes from HF_TOKEN or the hub's own login."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     places = [(name, package.folder / name) for name in package.small]
     places += [(name, package.merged / name) for name in package.weights]
     client = hub.client()
     with explained(repo, None):
         client.create_repo(repo, private=private, exist_ok=True)
+        old = {name for name in client.list_repo_files(repo) if _is_weights(name)}
+        operations: list[CommitOperationAdd | CommitOperationDelete]
         operations = [CommitOperationAdd(name, str(path)) for name, path in places]
+        gone = sorted(old - {name for name, _ in places})
+        operations += [CommitOperationDelete(name) for name in gone]
         done = client.create_commit(repo, operations, commit_message="Publish a merge by mergelab")
     return str(done.commit_url)
+
+
+def _is_weights(name: str) -> bool:
+    """Is it a weight file or the index of several, where a loader looks for them?"""
+    return name == INDEX or (name.endswith(locate.SUFFIX) and "/" not in name)
 
 
 def _merged(study: Study, merge: str, results: Path) -> tuple[Path, dict[str, Any]]:
@@ -116,62 +109,64 @@ def _merged(study: Study, merge: str, results: Path) -> tuple[Path, dict[str, An
     return out, record
 
 
-def _parents(study: Study, record: Mapping[str, Any]) -> list[Parent]:
-    """The models that went in, as the recipe names them."""
-    found = []
-    for entry in record["inputs"]:
-        name = str(entry["model"])
-        model = study.models.get(name)
-        source = model.hub if model else name if hub.HUB_ID.match(name) else None
-        if source is None:
-            folder = study.folder / Path(model.path).expanduser() if model and model.path else None
-            found.append(Parent(name, None, None, _declared(folder) if folder else None))
-            continue
-        pinned = hub.resolve(source, study.lock)
-        found.append(Parent(name, pinned.repo, pinned.commit, hub.licence(pinned)))
-    return found
+def _results_of(
+    study: Study, merge: str, record: Mapping[str, Any], results: Path, notes: list[str]
+) -> tuple[Mapping[str, Any], list[Any]]:
+    """Scores and findings of the merge, each empty if there are none with a record.
+
+    Raises UserError if they are of other weights."""
+    records = provenance.read_records(study, results)
+    remedy, shape = _again("evaluate", study, merge), contamination.FINDINGS
+    scores = read_json(results / "scores" / f"{merge}.json", remedy, SCORES)
+    again = _again("detect", study, merge)
+    findings = read_json(results / "findings" / f"{merge}.json", again, shape)
+    run = f"Run: snakemake --config study={study.name}"
+    if not scores:
+        notes.append(f"{merge} has no scores: the card names none. {remedy}")
+    elif f"evaluate-{merge}" not in records:
+        notes.append(f"the scores have no record of their weights: the card names none. {run}")
+        scores = None
+    elif _of_other_weights(records[f"evaluate-{merge}"], record):
+        raise UserError(f"{merge}: its scores are of other weights. {run}")
+    if findings and not {f"probe-{merge}", f"detect-{merge}"} <= records.keys():
+        notes.append(f"the findings have no record of their weights: the card names none. {run}")
+        findings = None
+    elif findings and (
+        _of_other_weights(records[f"probe-{merge}"], record)
+        or _of_other_results(records[f"detect-{merge}"], records)
+    ):
+        raise UserError(f"{merge}: its findings are of other weights or other evidence. {run}")
+    return scores or {}, findings or []
 
 
-def _declared(folder: Path) -> str | None:
-    """The licence in the front matter of a local model's README.md."""
-    from huggingface_hub import ModelCard
-
-    card = folder / CARD
-    if not card.is_file():
-        return None
-    try:
-        data = ModelCard(card.read_text("utf-8"), ignore_metadata_errors=True).data
-    except (ValueError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    licence = data.get("license")
-    return licence if isinstance(licence, str) else None
+def _of_other_weights(measured: Any, record: Mapping[str, Any]) -> bool:
+    """Was a model measured that is not the merge of `record`? Files that only one has are none."""
+    made = {entry["name"]: entry["sha256"] for entry in record["outputs"]["files"]}
+    seen = measured.get("inputs", {}).get("model", {})
+    return any(made.get(name, sha256) != sha256 for name, sha256 in seen.items())
 
 
-def _licence(parents: list[Parent], chosen: str | None) -> tuple[str, list[str]]:
-    """The licence of the merge, and what there is to say about it."""
-    known = {parent.name: parent.licence for parent in parents}
-    told = ", ".join(f"{name}: {licence or 'unknown'}" for name, licence in known.items())
-    distinct = {licence for licence in known.values() if licence}
-    if None not in known.values() and len(distinct) == 1:
-        one = distinct.pop()
-        differs = chosen not in (None, one)
-        return chosen or one, [f"the parents' licence is {one}, not {chosen}"] if differs else []
-    if chosen is None:
-        why = "their licences differ" if len(distinct) > 1 else "not every licence is known"
-        raise UserError(
-            f"The parents do not decide the licence, {why} ({told}). Read them, then choose one "
-            f"that all of them allow with --license, such as --license {OTHER}."
-        )
-    return chosen, [f"check that the parents' licences allow {chosen} ({told})"]
+def _of_other_results(detected: Any, records: Mapping[str, Any]) -> bool:
+    """Has any evidence or score that findings were made from been made anew since?"""
+    folders = {"probe": "evidence", "evaluate": "scores"}
+    now = {
+        f"{folders[verb]}/{entry['name']}": entry["sha256"]
+        for name, record in records.items()
+        if (verb := name.partition("-")[0]) in folders
+        for entry in record.get("outputs", [])
+    }
+    used = detected.get("inputs", {})
+    return any(now.get(name, sha256) != sha256 for name, sha256 in used.items())
 
 
-def _recipe(record: Mapping[str, Any], parents: list[Parent]) -> str:
+def _recipe(record: Mapping[str, Any], parents: Mapping[str, tuple[Parent, ...]]) -> str:
     """The recipe with hub parents by repository and commit, as mergekit and mergelab read it."""
-    text = str(record["recipe"]["text"])
-    recipe = yaml.safe_load(text)
-    names = {p.name: f"{p.repo}@{p.commit}" for p in parents if p.repo}
+    recipe = yaml.safe_load(str(record["recipe"]["text"]))
+    names = {name: "+".join(p.published for p in several) for name, several in parents.items()}
 
     def renamed(value: Any, key: str = "") -> Any:
+        if key in ("model", "base_model") and isinstance(value, dict) and value.keys() <= LONG:
+            value = _short(value)
         if isinstance(value, dict):
             return {k: renamed(v, str(k)) for k, v in value.items()}
         if isinstance(value, list):
@@ -182,112 +177,14 @@ def _recipe(record: Mapping[str, Any], parents: list[Parent]) -> str:
     return str(yaml.safe_dump(renamed(recipe), sort_keys=False, allow_unicode=True))
 
 
-def _card(
-    study: Study,
-    merge: str,
-    repo: str,
-    record: Mapping[str, Any],
-    parents: list[Parent],
-    licence: str,
-    scores: Mapping[str, Any],
-    findings: list[Any],
-) -> str:
-    from huggingface_hub import ModelCardData
-
-    bases = [parent.repo for parent in parents if parent.repo]
-    data = ModelCardData(
-        license=licence,
-        base_model=bases or None,
-        library_name="transformers",
-        tags=["merge", "mergelab", str(record["method"]["name"])],
-        model_name=repo.partition("/")[2],
-        eval_results=_results(scores) or None,
-    )
-    checks = contamination.check_tables(study, *_graph(study, merge, record), {merge: findings})
-    lines = [
-        f"# {repo.partition('/')[2]}",
-        f"A merge by `{record['method']['name']}` of {_named(parents)}, made with mergelab.",
-        "## Scores",
-        *(_score_lines(scores) or ["Not evaluated."]),
-        "## Contamination",
-        *(_finding_lines(checks, merge) or ["Not examined: nothing is known about what it saw."]),
-        "## Re-create it",
-        f"`{RECIPE}` is the recipe, `{RECORD}` the record of inputs and outputs "
-        f"(sha256 of its canonical JSON: `{digest(record)}`). With the parents of the record, "
-        f"`mergelab merge {RECIPE} -o merged` gives the same bytes:",
-        *(f"- `{f['name']}`: sha256 `{f['sha256']}`" for f in record["outputs"]["files"]),
-    ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(_joined(lines)) + "\n"
-
-
-def _joined(lines: list[str]) -> list[str]:
-    """Paragraphs; lines of one list or table stay together."""
-    found: list[str] = []
-    for line in lines:
-        if found and line[:2] in ("- ", "| ") and found[-1][:2] == line[:2]:
-            found[-1] += f"\n{line}"
-        else:
-            found.append(line)
-    return found
-
-
-def _results(scores: Mapping[str, Any]) -> list[Any]:
-    """model-index entries: each benchmark with its metric and shots."""
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=entry.get("task", name),
-            dataset_name=name,
-            dataset_args={"num_few_shot": entry.get("num_fewshot", 0)},
-            metric_type=entry["metric"],
-            metric_name=entry["metric"],
-            metric_value=round(float(entry["value"]), 6),
-        )
-        for name, entry in scores.get("benchmarks", {}).items()
-    ]
-
-
-def _score_lines(scores: Mapping[str, Any]) -> list[str]:
-    rows = [
-        f"| {name} | {entry['metric']} | {entry.get('num_fewshot', 0)} | {entry['value']:.4f} | "
-        f"{entry['ci95'][0]:.4f} to {entry['ci95'][1]:.4f} | {entry['n']} |"
-        for name, entry in scores.get("benchmarks", {}).items()
-    ]
-    head = ["| benchmark | metric | shots | value | 95 % CI | items |", "| --- " * 6 + "|"]
-    about = f"lm-eval {scores.get('lm_eval')}, weights in {scores.get('dtype')}."
-    return [about, *head, *rows] if rows else []
-
-
-def _finding_lines(checks: list[dict[str, Any]], merge: str) -> list[str]:
-    """One line per finding, and what the detectors cannot see."""
-    lines, blind = [], []
-    for check in checks:
-        for detector in check["detectors"]:
-            for row in detector["rows"]:
-                if row["variant"] == merge and row["effect"] is not None:
-                    p = "" if row["p"] is None else f", p {row['p']:.2g}"
-                    lines.append(
-                        f"- {check['benchmark']}, {detector['name']}: {row['effect_name']} "
-                        f"{row['effect']:.3f}{p}: {row['verdict'].partition(':')[0]}"
-                    )
-                    blind.append(str(detector["blind_spots"]))
-    spots = " ".join(dict.fromkeys(blind))
-    return [*lines, f"What these checks cannot see: {spots}"] if lines else []
-
-
-def _graph(
-    study: Study, merge: str, record: Mapping[str, Any]
-) -> tuple[lineage.Graph, dict[str, str]]:
-    texts = {path.stem: path.read_text("utf-8") for path in study.recipes}
-    graph = lineage.graph(study, texts | {merge: str(record["recipe"]["text"])})
-    return graph, {merge: "merge"}
-
-
-def _named(parents: list[Parent]) -> str:
-    names = [f"[{p.repo}]({hub_url()}/{p.repo})" if p.repo else p.name for p in parents]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def _short(value: Any) -> str:
+    """MODEL@REVISION+ADAPTER for mergekit's long form of it, as recipe.py reads it."""
+    if not isinstance(value, dict):
+        return str(value)
+    if "path" in value:
+        return f"{value['path']}@{value['revision']}" if value.get("revision") else value["path"]
+    lora = value.get("lora")
+    return _short(value["model"]) + (f"+{_short(lora)}" if lora else "")
 
 
 def _again(verb: str, study: Study, name: str) -> str:

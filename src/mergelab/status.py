@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mergelab.study import Study
 
 STYLES = {"done": "green", "running": "blue", "failed": "red", "stale": "yellow", "to do": "dim"}
 LOG_LINE = 160  # characters
+DONE = re.compile("(wrote |ready: )|.*: (is up to date|done by that process)$")  # a log's last line
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def _state(
         return "done", ""
     waits = [" ".join(need) for need in step.needs if need not in done]
     log = _log(step, results)
-    if log.is_file() and not waits:
-        return "failed", f"{log}: {_last_line(log)}"
+    if log.is_file() and not waits and not DONE.match(said := _last_line(log)):
+        return "failed", f"{log}: {said[:LOG_LINE]}"
     old = _older(record)
     if old:
         return "stale", _changed(step, old, waits)
@@ -111,7 +113,7 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip()[:LOG_LINE] if lines else "stopped before it said anything"
+    return lines[-1].strip() if lines else "stopped before it said anything"
 
 
 def show(found: Sequence[Row]) -> None:
