@@ -1,12 +1,16 @@
-"""The pipeline on one screen: data, models, merges, scores, evidence, findings, report.
+"""The pipeline on one screen: data, models, merges, scores, evidence, findings, audit, report.
 
     snakemake                          # the demo study
     snakemake --config study=smollm2   # another folder of recipes/
     snakemake -n                       # only say what would run
     snakemake --profile slurm          # on a cluster; docs/cluster.md
+    snakemake --report page.html       # of a finished study: its tables, figures, records and jobs
 
 Targets are records named by a content key (src/mergelab/steps.py): a result is current or absent.
 """
+
+
+report: "workflow/report/study.rst"
 
 
 container: "docker://python:3.11"  # only for those who ask for it with --sdm apptainer
@@ -25,6 +29,7 @@ localrules:
     all,
     data,
     fetch,
+    audit,
     report,
     record,
 
@@ -33,6 +38,7 @@ rule all:
     """The report of the study, every step that it shows, and DVC's note of them."""
     input:
         [RECORDS / step.record for step in (*STEPS.values(), RECORD)],
+        pages(),
 
 
 onerror:
@@ -44,5 +50,6 @@ include: "workflow/rules/models.smk"
 include: "workflow/rules/merge.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/detect.smk"
+include: "workflow/rules/audit.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/record.smk"

@@ -3,9 +3,10 @@
 Per seed, a tiny Llama base and specialists of it that saw GSM8K test items 1, 2, 4 or 8 times among
 clean data (leaks/study.yaml), clean siblings and ten merges (leaks/*.yaml), made by the product
 itself: its training, engine, probe and detectors. Items that nobody saw, of the same random split,
-are the controls. Prints Markdown; exit code 1 if a target is missed. About 5 minutes of a core per
-seed, two seeds at once; the folder of --work keeps what is done, so that a second run only judges
-anew."""
+are the controls. A second study of three seeds (leaks_options/study.yaml) plants multiple-choice
+items, for the option-order test. Prints Markdown; exit code 1 if a target is missed. About 5
+minutes of a core per seed, two seeds at once; the folder of --work keeps what is done, so that a
+second run only judges anew."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from leaks_results import Results, read
 
 from mergelab.folders import cache_folder
 
-SEEDS, AT_ONCE = 5, 2
+SEEDS, OPTION_SEEDS, AT_ONCE = 5, 3, 2
 PROGRAM = Path(__file__).parent / "leaks_seed.py"
 
 
@@ -39,11 +40,12 @@ def make(folder: Path) -> None:
 
 
 def run(work: Path, seeds: int) -> Results:
-    """Make every seed and read what the detectors said."""
+    """Make every seed of both studies and read what the detectors said."""
     folders = [work / f"seed-{seed}" for seed in range(seeds)]
+    options = [work / f"options-{seed}" for seed in range(min(seeds, OPTION_SEEDS))]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(make, folders))
-    return read(folders)
+        list(pool.map(make, [*folders, *options]))
+    return read(folders, options)
 
 
 def main() -> int:

@@ -25,6 +25,8 @@ from mergelab.record import machine, packages
 
 ITEMS = "sibling_loss"  # the item score and the set-level test that the goals are about; the
 SET = "set_level"  # choice does not depend on results
+OPTIONS = "option_order"  # of the second study
+YARDSTICK, REFERENCE = "base_loss", (0.94, 0.976)  # how strong the planted leak is, and should be
 ALPHAS = (0.01, 0.05)
 NUMBERS = {"auc": "AUC", "tpr_at_5_fpr": "TPR at 5 % FPR", "tpr_at_1_fpr": "TPR at 1 % FPR"}
 LEGEND = """
@@ -43,6 +45,9 @@ LEGEND = """
   one seed share their controls and, for merges, their parents, so they are not independent.
 - Clean siblings are named to the detectors; a sibling is judged by the other two.
 - codec was measured on the first two seeds: its view doubles the probing.
+- option_order: another study, ARC items with four choices, 40 a group, 60 controls. Three seeds:
+  two were planned, the third came after 3 of 20 clean cells were found at alpha .05. Cells of a
+  seed share their controls and move together, so that these are few independent draws.
 """
 
 
@@ -80,7 +85,7 @@ def goals(results: Results) -> list[Goal]:
     power = rejected(results.of(SET, ["verbatim"], [2]), 0.01)
     name = "verbatim, 2 copies, 60 items: power of the set-level test at alpha 0.01"
     found.append(Goal(name, power, None, ">= 0.95", power is not None and power >= 0.95))
-    return [*found, *_false_positives(results)]
+    return [*found, *_false_positives(results), *_option_goals(results)]
 
 
 def _least(results: Results, model: str, copies: int, number: str, least: float) -> Goal:
@@ -105,17 +110,42 @@ def _false_positives(results: Results) -> Iterator[Goal]:
             yield Goal(name, share, None, f"<= {2 * alpha:.2f}", holds)
 
 
+def _option_goals(results: Results) -> Iterator[Goal]:
+    cells = results.of(OPTIONS, ["verbatim"], [8])
+    power = rejected(cells, 0.001)
+    name = f"{OPTIONS}, 8 copies, 40 items: p below 0.001, {len(cells)} cells"
+    yield Goal(name, power, None, "1.00", power == 1)
+    cells = results.clean(OPTIONS)
+    share = rejected(cells, 0.05)
+    name = f"{OPTIONS} false positives at alpha 0.05, {len(cells)} clean cells"
+    yield Goal(name, share, None, "<= 0.05", share is not None and share <= 0.05)
+
+
+def _strength(results: Results) -> str:
+    """How strong the leak is that was planted, by the yardstick of the reference setting."""
+    found = mean(results.of(YARDSTICK, ["verbatim"], [2]), "auc")
+    low, high = REFERENCE
+    return (
+        f"Strength of the planted leak: AUC of {YARDSTICK} in the contaminated specialist at 2 "
+        f"copies, {_number(found)}; {low} and {high} in earlier experiments of this kind, with "
+        "models of 0.6 and 1.1 million parameters. The goals are about other scores."
+    )
+
+
 def page(results: Results, seconds: float) -> str:
     """The Markdown report."""
     about = machine()
     versions = ", ".join(f"{k} {packages()[k]}" for k in ("torch", "transformers", "numpy"))
-    spent = ", ".join(f"{s:.0f}" for s in results.seconds)
+    spent = ", ".join(f"{s:.0f}" for s in (*results.seconds, *results.option_seconds))
     lines = [
         "# Planted leaks",
         "",
         f"{time.strftime('%Y-%m-%d')}, {results.seeds} seeds, {seconds:.0f} s for what was not "
-        f"done yet; processor seconds per seed in all: {spent}. {about['cpu']}, {about['cores']} "
-        f"cores, {about['system']}; Python {about['python']}, {versions}.",
+        f"done yet; processor seconds per seed in all, those of the {OPTIONS} study last: {spent}. "
+        f"{about['cpu']}, {about['cores']} cores, {about['system']}; Python {about['python']}, "
+        f"{versions}.",
+        "",
+        _strength(results),
         "",
         f"## Goals ({ITEMS} for items, {SET} for sets)",
         "",
@@ -141,8 +171,9 @@ def _auc_table(results: Results, detector: str) -> Iterator[str]:
     yield "|---|" + "--:|" * len(COPIES)
     rows: dict[str, Iterable[str]] = {name: [name] for name in LEAKS}
     for name, models in (rows | {"clean siblings": SIBLINGS, "clean merges": CLEAN_MERGES}).items():
-        cells = (_cell(results.of(detector, models, [copies])) for copies in COPIES)
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        if results.of(detector, models, COPIES):
+            cells = (_cell(results.of(detector, models, [copies])) for copies in COPIES)
+            yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _cell(cells: list[Cell]) -> str:
@@ -153,6 +184,7 @@ def _cell(cells: list[Cell]) -> str:
 def _p_table(results: Results) -> Iterator[str]:
     """Power at alpha 0.01 by model, and false positives, of each detector that has p-values."""
     tests = [d for d in results.detectors if rejected(results.clean(d), 0.01) is not None]
+    tests = [d for d in tests if d != OPTIONS]  # its cells are others
     yield "| share of cells with p <= alpha | " + " | ".join(tests) + " |"
     yield "|---|" + "--:|" * len(tests)
     for model in LEAKS:
@@ -201,14 +233,15 @@ def calibration(results: Results) -> dict[str, Any]:
         for model, leak in LEAKS.items():
             for copies in COPIES:
                 cells = results.of(detector, [model], [copies])
-                rows.append(_row(detector, version, leak, copies, model, cells))
+                rows += [_row(detector, version, leak, copies, model, cells)] if cells else []
         for name, models in (("clean siblings", SIBLINGS), ("clean merges", CLEAN_MERGES)):
             cells = results.clean(detector, models)
-            rows.append(_row(detector, version, "none", 0, name, cells))
+            rows += [_row(detector, version, "none", 0, name, cells)] if cells else []
     return {
         "about": "Measured by benchmarks/leaks.py: means over `cells` (a model, a group of 60 "
         "items and a seed) of AUC and TPR against 260 controls, and the share of cells with "
-        "p <= 0.01 or 0.05 (power where something leaked, else false positives). null: the "
+        "p <= 0.01 or 0.05 (power where something leaked, else false positives). option_order: "
+        "groups of 40 multiple-choice items, 60 controls, other models. null: the "
         "detector has no such number. leak none: models that saw none of the items; copies 0: "
         "items that a contaminated model did not see.",
         "date": time.strftime("%Y-%m-%d"),

@@ -1,7 +1,8 @@
 """What the detectors said of every seed, model and group of items of the planted-leak benchmark.
 
-A cell is one detector on one model and one group (x0 to x8: 60 items, planted that often in the
-contaminated specialists) of one seed. Averages are over cells, each with its own controls."""
+A cell is one detector on one model and one group (x0 to x8: 60 items, or 40 multiple-choice ones,
+planted that often in the contaminated specialists) of one seed. Averages are over cells, each with
+its own controls."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ LEAKS = {  # model or merge -> leak; every other one is clean
 SIBLINGS = ("style", "medical", "math")
 CLEAN_MERGES = ("clean_linear", "clean_ties", "clean_dare_ties")
 CLEAN = (*SIBLINGS, *CLEAN_MERGES)
+OPTION_MODELS = ("verbatim", "style", "medical")  # of the multiple-choice study
 SAME_STYLE = ("style", *CLEAN_MERGES)  # tuned on the benchmark's style, or half of it: the trap
 
 
@@ -50,10 +52,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """All cells, and the processor time of each seed in seconds."""
+    """All cells, and the processor time of each seed in seconds, of the second study too."""
 
     cells: tuple[Cell, ...]
     seconds: tuple[float, ...]
+    option_seconds: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -101,18 +104,19 @@ def rejected(cells: Iterable[Cell], alpha: float) -> float | None:
     return float(np.mean([p <= alpha for p in values])) if values else None
 
 
-def read(folders: Iterable[Path]) -> Results:
-    """Every finding of the seeds in `folders`."""
+def read(seeds: Iterable[Path], options: Iterable[Path] = ()) -> Results:
+    """Every finding of the seeds of both studies, in these folders."""
     cells: list[Cell] = []
-    seconds = []
-    for folder in folders:
-        results, seed = folder / "results/leaks", int(folder.name.removeprefix("seed-"))
-        for name in (*LEAKS, *CLEAN):
+    seconds: dict[str, list[float]] = {"seed": [], "options": []}
+    for folder in (*seeds, *options):
+        kind, _, number = folder.name.rpartition("-")
+        results = folder / "results/leaks"
+        for name in OPTION_MODELS if kind == "options" else (*LEAKS, *CLEAN):
             text = (results / "findings" / f"{name}.json").read_text(encoding="utf-8")
-            cells += [_cell(seed, name, finding) for finding in json.loads(text)]
+            cells += [_cell(int(number), name, finding) for finding in json.loads(text)]
         records = [json.loads(path.read_text()) for path in (results / "records").glob("*.json")]
-        seconds.append(sum(record["cpu_seconds"] for record in records))
-    return Results(tuple(cells), tuple(seconds))
+        seconds[kind].append(sum(record["cpu_seconds"] for record in records))
+    return Results(tuple(cells), tuple(seconds["seed"]), tuple(seconds["options"]))
 
 
 def _cell(seed: int, model: str, finding: dict[str, Any]) -> Cell:

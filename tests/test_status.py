@@ -140,6 +140,45 @@ def test_a_step_runs_while_a_process_is_in_it_and_the_next_one_waits(
     assert states(folder)["fetch a"][0] == "done"
 
 
+def test_a_running_step_shows_how_far_its_log_says_it_is(folder: Path) -> None:
+    path = record(folder, "fetch", "a")
+    log = Path("results/mine/logs") / path.name.replace(".json", ".log")
+    log.parent.mkdir(parents=True)
+    far = "fetch org/a: 1 GB of 2 GB (50 %), 100 MB/s, 0:00:10 left"
+    log.write_text(f"{far}\n")
+    with alone(path):
+        assert states(folder)["fetch a"] == ("running", f"{log}: {far}")
+
+
+def test_parts_of_a_divided_merge_are_counted(folder: Path, mergelab: Run) -> None:
+    do(mergelab, folder, "fetch", "a")
+    stem = record(folder, "merge", "one").name.removesuffix(".json")
+    results = Path("results/mine")
+    logs = [results / f"logs/{stem}.{number}-of-3.log" for number in (1, 2, 3)]
+    logs[0].parent.mkdir(parents=True)
+
+    def part(number: int) -> None:
+        """One part, as Snakemake does it."""
+        args = [str(folder / "one.yaml"), "-o", "results/mine/merged/one"]
+        logs[number - 1].write_text(mergelab("merge", *args, "--part", f"{number}/3").stderr)
+
+    part(1)
+    assert states(folder)["merge one"] == ("to do", "of 3 parts 1 done")
+    logs[1].write_text("")
+    with alone(results / "merged/one.part-2-of-3"):
+        state, why = states(folder)["merge one"]
+        assert (state, why.split(";")[0]) == ("running", "of 3 parts 1 done, 1 running")
+        assert f"part 2: {logs[1]}: nothing was said" in why
+    logs[1].write_text("error: no disk\n")
+    lost = f"of 3 parts 1 done, 1 failed; part 2: {logs[1]}: error: no disk"
+    assert states(folder)["merge one"] == ("failed", lost)
+    part(2)
+    part(3)
+    assert states(folder)["merge one"] == ("to do", "of 3 parts 3 done")
+    do(mergelab, folder, "merge", "one")
+    assert states(folder)["merge one"] == ("done", "")
+
+
 def test_the_table_counts_the_states(folder: Path, mergelab: Run) -> None:
     done = mergelab("status", str(folder))
     assert "merge" in done.stdout

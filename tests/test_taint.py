@@ -1,4 +1,6 @@
-"""Lineage taint: the published chains are followed to the end, and nothing is called clean."""
+"""Lineage taint: it is followed to the end, it only fades, and nothing is called clean.
+
+The published chains are followed in test_ancestry."""
 
 import dataclasses
 from itertools import pairwise
@@ -12,124 +14,6 @@ from mergelab.detectors import taint
 from mergelab.detectors.taint import Source
 from mergelab.lineage import Edge, Graph, Node
 from mergelab.study import Check, Dataset, Model, Share, Study, Training
-
-FIXTURES = Path(__file__).parent / "fixtures" / "lineage"
-NECTAR = "datasets/berkeley-nest/Nectar"
-
-
-def cards(*names):
-    """The graph that cards declare: parents of base_model (weights unknown) or of the recipe, and
-    the data sets. Models without a card, and cards that name no parents, are undeclared."""
-    found = {}
-    for name in names:
-        found |= yaml.safe_load((FIXTURES / f"{name}.yaml").read_text())
-    nodes, edges = [], []
-    for name, card in found.items():
-        parents = card.get("base_model")
-        nodes.append(Node(name, "expert", "hub", "recipe" in card or parents is not None))
-        if "recipe" in card:
-            edges += lineage.merge_edges(name, card["recipe"])
-        edges += [Edge(p, name, "merge", 1.0, len(parents) == 1) for p in parents or ()]
-        for data in card.get("datasets", ()):
-            edges.append(Edge(f"datasets/{data}", name, "train", 1.0))
-    outside = dict.fromkeys(edge.parent for edge in edges if edge.parent not in found)
-    nodes += [Node(name, "outside", "hub", name.startswith("datasets/")) for name in outside]
-    return Graph(tuple(nodes), tuple(edges))
-
-
-def truthful(*names):
-    """The published reports, or only those on `names`."""
-    return [flag for flag in taint.flags() if not names or flag.name in names]
-
-
-def test_every_descendant_of_nectar_is_found_with_its_path():
-    graph = cards("chain_474")
-    found = {
-        name: (several[0].way.path, round(several[0].way.strength, 4), several[0].way.exact)
-        for name, several in taint.trace(graph, truthful(NECTAR)).items()
-        if several
-    }
-    leo = (NECTAR, "viethq188/LeoScorpius-7B-Chat-DPO")
-    bruins = (*leo, "janai-hq/trinity-v1", "rwitz2/go-bruins-v2.1.1")
-    assert found == {
-        NECTAR: ((NECTAR,), 1.0, True),
-        leo[-1]: (leo, 1.0, True),
-        "janai-hq/trinity-v1": (bruins[:3], 0.55, False),
-        "rwitz2/go-bruins-v2.1": ((*leo, "rwitz2/go-bruins-v2.1"), 1.0, False),
-        "rwitz2/go-bruins-v2.1.1": (bruins, 0.55, False),
-        "GreenNode/GreenNodeLM-v3olet-7B": (
-            (*bruins, "GreenNode/GreenNodeLM-v3olet-7B"),
-            0.55,
-            False,
-        ),
-        "cookinai/BruinHermes": ((*bruins, "cookinai/BruinHermes"), 0.275, False),
-        "jan-ai/Pandora-10.7B-v1": ((*leo, "jan-ai/Pandora-10.7B-v1"), 0.5, True),
-        "ignos/LeoScorpius-GreenNode-Alpaca-7B-v1": (
-            (*leo, "ignos/LeoScorpius-GreenNode-Alpaca-7B-v1"),
-            1.0,
-            False,
-        ),
-    }
-
-
-def test_the_chain_of_discussion_556_is_followed_from_both_parents():
-    graph = cards("chain_556")
-    flagged = truthful("quantumaikr/quantum-v0.01", "mncai/mistral-7b-dpo-v5")
-    several = taint.trace(graph, flagged)["CultriX/MistralTrix-v1"]
-    end = ("zyh3826/GML-Mistral-merged-v1", "CultriX/MistralTrix-v1")
-    assert [(one.way.path, one.way.strength) for one in several] == [
-        (("quantumaikr/quantum-v0.01", *end), 0.8),
-        (("mncai/mistral-7b-dpo-v5", *end), 0.2),
-    ]
-    assert taint.verdict(several, []) == (
-        "attenuated to 0.8 - verify: quantumaikr/quantum-v0.01 > zyh3826/GML-Mistral-merged-v1 > "
-        "CultriX/MistralTrix-v1"
-    )
-
-
-def test_every_model_of_the_two_chains_is_tainted_and_says_where_that_is_published():
-    graph = cards("chain_474", "chain_556")
-    found = taint.trace(graph, truthful())
-    clean = {"mistralai/Mistral-7B-v0.1", "datasets/tatsu-lab/alpaca"}
-    clean |= {"datasets/Intel/orca_dpo_pairs", "Weyaxi/OpenHermes-2.5-neural-chat-v3-3-Slerp"}
-    assert {name for name, several in found.items() if not several} == clean
-    for several in found.values():
-        for one in several:
-            assert one.source.benchmark == "truthfulqa"
-            assert one.source.source.startswith("https://")
-
-
-def test_merges_that_nobody_flagged_inherit_from_flagged_ancestors():
-    graph = cards("merges")
-    found = taint.trace(graph, truthful())
-    mayonnaise = found["kaitchup/Mayonnaise-4in1-022"]
-    assert [one.way.path for one in mayonnaise] == [
-        ("mncai/mistral-7b-dpo-v5", "kaitchup/Mayonnaise-4in1-022")
-    ]
-    sources = {one.source.name for one in found["occultml/CatMarcoro14-7B-slerp"]}
-    assert sources == {
-        NECTAR,
-        "berkeley-nest/Starling-LM-7B-alpha",
-        "Q-bert/MetaMath-Cybertron-Starling",
-        "janai-hq/trinity-v1",
-        "viethq188/LeoScorpius-7B-Chat-DPO",
-        "GreenNode/GreenNodeLM-7B-v1olet",
-    }
-    assert found["occultml/CatMarcoro14-7B-slerp"][0].way.strength == 0.5
-
-
-def test_no_clean_model_is_flagged_even_among_tainted_ones():
-    graph = cards("clean", "chain_474", "chain_556", "merges")
-    found, unknown = taint.trace(graph, truthful()), taint.unknown(graph)
-    names = set(yaml.safe_load((FIXTURES / "clean.yaml").read_text()))
-    assert {name for name in names if found[name]} == set()
-    verdicts = {name: taint.verdict(found[name], unknown[name]) for name in names}
-    strange = verdicts.pop("Gille/StrangeMerges_4-7B-slerp")
-    assert set(verdicts.values()) == {"no known taint"}
-    assert strange == (
-        "unverifiable: nothing is declared of Gille/StrangeMerges_3-7B-slerp, "
-        "Gille/StrangeMerges_2-7B-slerp"
-    )
 
 
 def test_a_card_that_names_no_parents_makes_its_children_unverifiable():
@@ -151,6 +35,27 @@ def test_cycles_and_merges_with_oneself_end():
         "c": (1.0, ("b", "c")),
     }
     assert taint.unknown(graph) == {name: [] for name in names}
+
+
+def test_an_adapter_of_a_recipe_is_a_parent_with_the_weight_of_its_model():
+    models = [
+        {"model": "a/base+a/lora", "parameters": {"weight": 0.25}},
+        {"model": {"model": {"path": "a/two", "revision": "main"}}, "parameters": {"weight": 0.75}},
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": "a/base", "models": models}
+    assert lineage.merge_edges("child", recipe) == [
+        Edge("a/base", "child", "merge", 0.25),
+        Edge("a/lora", "child", "adapter", 0.25),
+        Edge("a/two@main", "child", "merge", 0.75),
+        Edge("a/base", "child", "base", 1.0),
+    ]
+
+
+def test_models_trained_from_nothing_are_listed_once_and_flagged_never():
+    listed = yaml.safe_load(taint.FLAGS.read_text())["bases"]
+    assert len({name.casefold() for name in listed}) == len(listed) == len(taint.bases())
+    assert not taint.bases() & {flag.name.casefold() for flag in taint.flags()}
+    assert all(name.count("/") == 1 for name in listed)
 
 
 def test_the_smallest_share_is_still_a_taint():

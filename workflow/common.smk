@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import report as shown  # at a line's start, `report` is a directive
 
 from mergelab import versions
 from mergelab.cluster import read_cluster
@@ -30,6 +31,12 @@ RESULTS = Path("results") / STUDY.name
 RECORDS = RESULTS / "records"
 ON_CLUSTER = "cluster" in config
 MERGELAB = f"{shlex.quote(sys.executable)} -m mergelab.cli"
+PAGES = {  # of a finished study, for `snakemake --report`: file, what it is, caption
+    "report.html": ("report", "page.rst"),
+    "audit/audit.html": ("audit", "audit.rst"),
+    "plots/scores.csv": ("scores", "scores.rst"),
+    "plots/contamination.csv": ("contamination", "contamination.rst"),
+}
 # The login node fetches; what runs on a compute node does not look for a network.
 WORKER = (
     f"HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 {MERGELAB}" if ON_CLUSTER else MERGELAB
@@ -75,8 +82,21 @@ def threads_of(verb):
 
 
 def target(verb):
-    """Output: the record of one step."""
-    return str(RECORDS / f"{verb}-{{name}}.{{key}}.json")
+    """Output: the record of one step; `snakemake --report` shows it."""
+    path = str(RECORDS / f"{verb}-{{name}}.{{key}}.json")
+    about = {"step": verb, "of": "{name}"}
+    return shown(path, "../report/step.rst", "Steps", verb, labels=about)
+
+
+def pages():
+    """The pages and tables that are here already, as `snakemake --report` shows them."""
+    return [
+        shown(
+            str(RESULTS / name), f"workflow/report/{text}", "Results", labels={"of": of}
+        )
+        for name, (of, text) in PAGES.items()
+        if (RESULTS / name).is_file()
+    ]
 
 
 def log_of(verb):

@@ -179,13 +179,17 @@ class TensorMerge:
         `stats` and `state` come from a survey of the whole model, if there was one."""
         digest = xxhash.xxh3_128()
         position = self.tensor.offset
-        for bits in self.copied() if self.bits_copied else self.merged(stats, state):
+        for bits in self.output(stats, state):
             data = bits.view("u1").data
             write_at(handle, data, position)
             digest.update(data)
             position += len(data)
             progress.advance(len(data))
         return digest.hexdigest()
+
+    def output(self, stats: Stats | None = None, state: Sums | None = None) -> Iterator[Array]:
+        """The output's bits, block by block; a block is gone when the next one is asked for."""
+        return self.copied() if self.bits_copied else self.merged(stats, state)
 
     def merged(self, stats: Stats | None, state: Sums | None) -> Iterator[Array]:
         """The merged bits, block by block."""

@@ -85,6 +85,13 @@ ShardSize = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random masks of dare_* and della*.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option(metavar="A B ...", help="What it may be made of; several after one another."),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", dir_okay=False, help="Write the result here as JSON, too.")
+]
 RESULTS = Path("results")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -220,9 +227,100 @@ def explain(
 
 
 @app.command()
+def infer(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the model.")],
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    candidates: Candidates = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="X", help="The common base, if you know it.")
+    ] = None,
+    file: JsonFile = None,
+    workers: Workers = 1,
+) -> None:
+    """Read from the weights how a model was made: `infer MODEL --candidates A B ... [--base X]`.
+
+    Which of the candidates are its parents, merged by which method with which weights, what no
+    candidate explains (an undeclared parent, further training), layer by layer. Folders only."""
+    from mergelab.checkpoint import open_checkpoint
+    from mergelab.forensics import infer as forensics
+    from mergelab.forensics.show import show
+
+    names = [*(candidates or ()), *(more or ())]
+    if not names:
+        raise UserError(f"infer {model}: name the models it may be made of: --candidates A B ...")
+    known = {name: open_checkpoint(Path(name), name) for name in dict.fromkeys(names)}
+    start = open_checkpoint(Path(base), base) if base else None
+    result = forensics.infer(open_checkpoint(Path(model), model), known, start, workers)
+    show(result)
+    _save(file, result)
+
+
+@app.command()
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="Hub model, folder of a model, claims file (*.yaml), or folder of a study.",
+        ),
+    ],
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    candidates: Candidates = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="X", help="Its base, where it has no recipe.")
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download the weights of models and parents, too.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="WHAT", help="Leave out: weights, scores.")
+    ] = None,
+    depth: Annotated[int, typer.Option(min=0, help="Generations of ancestors.")] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items per benchmark that is scored again.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder of the audit; default: in results/audits."),
+    ] = None,
+    file: JsonFile = None,
+    workers: Workers = 1,
+    results: Results = RESULTS,
+    record: RecordFile = None,
+) -> None:
+    """Is a published merge what its card says, and are its scores real?
+
+    Collects what is claimed, traces the ancestors and what they are flagged for, merges the recipe
+    again and compares the weights, scores again and compares the scores. Writes audit.html (read
+    this) and audit.json. Without --fetch only cards are downloaded. A study is judged by its own
+    results and its claims.yaml. Exit code 0 whatever the verdicts: read them in the file."""
+    from mergelab.audit import run
+    from mergelab.audit.target import read_target
+
+    for name in skip or ():
+        if name not in ("weights", "scores"):
+            raise UserError(f"--skip {name}: what can be left out is: weights, scores.")
+    names = (*(candidates or ()), *(more or ()))
+    study = read_target(target).study if (Path(target) / "study.yaml").is_file() else None
+    place = out or results / (study.name if study else f"audits/{_slug(target)}")
+    if study:
+        _still_asked(record, study.folder, "audit", study.name)
+        _forget(place, "audit", study.name)
+    options = run.Options(fetch, depth, limit, tuple(skip or ()), workers)
+    data = run.audit(target, place, options, base=base, candidates=names)
+    run.show(data)
+    _save(file, data)
+    if study:
+        _record(record, run.record(study, place, data))
+    say(f"wrote {place / (run.FOLDER if study else '') / 'audit.html'}")
+
+
+@app.command()
 def lock(study: StudyFolder) -> None:
-    """Pin every hub model and every dataset of the suite: names become commits in lock.json."""
-    from mergelab import hub, locate, task_data
+    """Pin every hub model and every dataset of the suite: names become commits in lock.json.
+
+    If the study has a policy, the lineage of its hub models is looked up and kept there too."""
+    from mergelab import hub, locate, policy, task_data
 
     loaded = _study(study)
     ids = locate.hub_ids(loaded.recipes, loaded)
@@ -230,8 +328,10 @@ def lock(study: StudyFolder) -> None:
     if not ids and not sets and not any(model.hub for model in loaded.models.values()):
         say(f"{study}: has no hub models, so there is nothing to pin")
         return
-    hub.lock(loaded, ids, sets)
+    hub.lock(loaded, ids, sets, policy.tracing(loaded))
     say(f"wrote {loaded.lock}")
+    for note in policy.check(loaded):
+        say(f"note: {note}")
 
 
 @app.command()
@@ -460,6 +560,19 @@ def record_study(study: StudyFolder, record: RecordFile = None) -> None:
     say(versions.record(loaded, RESULTS / loaded.name, record))
 
 
+def _slug(text: str) -> str:
+    """A folder's name for a target: letters, digits, _ . - of it."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text.removesuffix(".yaml")).strip("-.") or "model"
+
+
+def _save(file: Path | None, value: Any) -> None:
+    from mergelab.record import write_json
+
+    if file is not None:
+        write_json(file, value)
+        say(f"wrote {file}")
+
+
 def _study(folder: Path) -> Any:
     from mergelab.study import load_study
 
@@ -467,12 +580,16 @@ def _study(folder: Path) -> Any:
 
 
 def _plan(recipe: Path, results: Path, shard_size: str, *, weights: bool = True) -> Any:
-    from mergelab import locate
+    from mergelab import locate, policy
     from mergelab.plan import make_plan
     from mergelab.recipe import load_recipe
 
     largest = _bytes(shard_size)
     loaded = load_recipe(recipe)
+    study = locate.study_of(recipe)
+    notes = policy.check(study, [recipe.stem]) if study else []
+    for note in notes if not weights else ():
+        say(f"note: {note}")
     folders = locate.folders(loaded, results / recipe.resolve().parent.name, weights=weights)
     return make_plan(loaded, folders, shard_size=largest)
 

@@ -38,7 +38,7 @@ def prepare(study: Study, out: Path) -> dict[str, Any]:
     items. Raises UserError (file, line, item)."""
     started = time.monotonic()
     summary, names = {}, []
-    with bar("data", total=len(study.datasets)) as progress:
+    with bar("data", len(study.datasets), "data sets") as progress:
         for dataset in study.datasets.values():
             found = list(_items(study, dataset))
             distinct = _distinct(found)

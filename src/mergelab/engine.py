@@ -191,7 +191,7 @@ class _Job:
                     lenient=self.plan.recipe.allow_not_finite,
                 )
 
-            surveyed = _survey_model(self.plan, task, pool, self.workers)
+            surveyed = survey_model(self.plan, task, pool, self.workers)
 
             def work(tensor: Planned) -> None:
                 if journal.holds(tensor):
@@ -204,7 +204,7 @@ class _Job:
                 if self.part == WHOLE:
                     hashed.written(tensor)
 
-            for _ in stack.enter_context(closing(_in_order(pool, work, mine))):
+            for _ in stack.enter_context(closing(in_order(pool, work, mine))):
                 pass
         if self.part != WHOLE:
             for file in {tensor.file for tensor in mine}:
@@ -233,14 +233,16 @@ class _Job:
 
     def hash_parts(self, folder: Path, journal: Journal) -> dict[str, str]:
         """The sha256 of each file that several processes filled, once all tensors are checked."""
-        hashed = self.file_hashes(folder)
-        for tensor in self.plan.tensors:
-            if not journal.holds(tensor):
-                raise UserError(
-                    f"{self.out}: tensor {tensor.name} is not as it was written. "
-                    "Check the disk, and run the parts again."
-                )
-            hashed.written(tensor)
+        hashed, tensors = self.file_hashes(folder), self.plan.tensors
+        with bar("check parts", sum(tensor.nbytes for tensor in tensors)) as progress:
+            for tensor in tensors:
+                if not journal.holds(tensor):
+                    raise UserError(
+                        f"{self.out}: tensor {tensor.name} is not as it was written. "
+                        "Check the disk, and run the parts again."
+                    )
+                hashed.written(tensor)
+                progress.advance(tensor.nbytes)
         return hashed.found
 
     def file_hashes(self, folder: Path) -> FileHashes:
@@ -404,8 +406,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads((out / RECORD).read_bytes())
         if canonical({key: record.get(key) for key in identity}) != canonical(identity):
             return None
-        files = record["outputs"]["files"]
-        whole = all(file_sha256(out / file["name"]) == file["sha256"] for file in files)
+        held = {out / file["name"]: file["sha256"] for file in record["outputs"]["files"]}
+        with bar(f"check {out.name}", sum(path.stat().st_size for path in held)) as progress:
+            whole = all(file_sha256(p, progress.advance) == sha for p, sha in held.items())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record if whole else None
@@ -430,7 +433,7 @@ def _one_journal(folder: Path) -> bool:
     return len(list(folder.glob(PATTERN))) <= 1
 
 
-def _in_order(
+def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T], ahead: int = 64
 ) -> Generator[R, None, None]:
     """Results of `function` in the order of `items`; few wait, and an error stops the rest."""
@@ -447,7 +450,7 @@ def _in_order(
             future.cancel()
 
 
-def _survey_model(
+def survey_model(
     plan: Plan,
     task: Callable[[Planned], TensorMerge],
     pool: ThreadPoolExecutor,
@@ -465,7 +468,7 @@ def _survey_model(
         if round.model_only:
             before = []
         total: Sums = {}
-        parts = _in_order(
+        parts = in_order(
             pool, partial(TensorMerge.survey_round, number=number, stats=stats), tasks, 2 * workers
         )
         for part in parts:

@@ -191,8 +191,8 @@ def _measure(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Tensors of one view, and its metadata."""
     encoded = [encode(loaded, text) for text in texts]
-    what = f"Probing {about['model']}, {about['part']}, {about['view']}"
-    with bar(what, sum(len(e.ids) for e in encoded)) as progress:
+    what = f"probe {about['model']}, {about['part']}, {about['view']}"
+    with bar(what, sum(len(e.ids) for e in encoded), "tokens") as progress:
         scored = _score(loaded, encoded, progress)
     for text, (values, _, _) in zip(texts, scored, strict=True):
         if not np.isfinite(values).all():

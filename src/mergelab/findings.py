@@ -17,6 +17,7 @@ from mergelab import datasets, detectors, evidence, lineage, score_table, statis
 from mergelab.comparable import require_comparable
 from mergelab.detectors.base import PARTS, Detector, Evidence, Finding, Probed
 from mergelab.errors import NotAvailable, UserError
+from mergelab.progress import bar
 from mergelab.record import file_entries, file_sha256, read_json, write_json
 from mergelab.study import Check, Study
 
@@ -37,23 +38,22 @@ def detect(study: Study, variant: str, results: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     inputs: dict[str, str] = {}
-    for check in study.contamination:
-        if check.base == variant:
-            skipped.append({"benchmark": check.benchmark, "reason": BASE_REASON})
-            continue
-        gathered = _Gathering(study, check, variant, results)
-        known = gathered.evidence()
-        for detector in gathered.detectors:
-            where = {"benchmark": check.benchmark, "detector": detector.name}
-            if "siblings" in detector.needs and not gathered.siblings:
-                skipped.append(where | {"reason": SIBLING_REASON})
+    total = sum(len(check.detectors) for check in study.contamination if check.base != variant)
+    with bar(f"detect {variant}", total, "detectors") as progress:
+        for check in study.contamination:
+            if check.base == variant:
+                skipped.append({"benchmark": check.benchmark, "reason": BASE_REASON})
                 continue
-            try:
-                gathered.metrics_fit(detector)
-                found.append(_plain(check, variant, detector, detector.function(known), known))
-            except NotAvailable as error:
-                skipped.append(where | {"reason": str(error)})
-        inputs |= gathered.inputs
+            gathered = _Gathering(study, check, variant, results)
+            known = gathered.evidence()
+            for detector in gathered.detectors:
+                try:
+                    found.append(gathered.finding(detector, known))
+                except NotAvailable as error:
+                    where = {"benchmark": check.benchmark, "detector": detector.name}
+                    skipped.append(where | {"reason": str(error)})
+                progress.advance()
+            inputs |= gathered.inputs
     path = results / "findings" / f"{variant}.json"
     write_json(path, found)
     used = {finding["detector"]: finding["detector_version"] for finding in found}
@@ -99,6 +99,13 @@ class _Gathering:
             items,
             self.corpus() if "corpus" in self.needs else {},
         )
+
+    def finding(self, detector: Detector, known: Evidence) -> dict[str, Any]:
+        """What a detector finds. Raises NotAvailable if something that it needs is not there."""
+        if "siblings" in detector.needs and not self.siblings:
+            raise NotAvailable(SIBLING_REASON)
+        self.metrics_fit(detector)
+        return _plain(self.check, self.variant, detector, detector.function(known), known)
 
     def probed(self, model: str) -> Probed:
         """A model's evidence on every view, comparable token by token with the variant's."""

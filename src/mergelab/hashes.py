@@ -1,7 +1,8 @@
 """sha256 of input files, remembered as long as a file is the same to the file system.
 
-A remembered hash counts while device, inode, size, and the times of change of content and of
-inode agree; a file that changed just before it was hashed is hashed again, as git does."""
+A remembered hash counts while inode, size, and the times of change of content and of inode agree
+(not the device: the nodes of a cluster number a shared disk differently); a file that changed just
+before it was hashed is hashed again, as git does."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Recursio
 def identity(path: Path) -> list[int]:
     """What changes when anyone writes to the file."""
     facts = os.stat(path)
-    return [facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+    return [facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
@@ -36,11 +37,11 @@ def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
         held = json.loads(place.read_bytes())
         if held["identity"] == before and len(held["sha256"]) == 64:
             if advance:
-                advance(before[2])
+                advance(before[1])
             return str(held["sha256"])
     started = time.time_ns()
     found = file_sha256(path, advance)
-    settled = started - max(before[3], before[4]) > RECENT
+    settled = started - max(before[2], before[3]) > RECENT
     if settled and identity(path) == before:
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             _keep(place, json.dumps({"identity": before, "sha256": found}))

@@ -11,9 +11,8 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from mergelab.errors import Problems, UserError
 from mergelab.folders import alone, move_into_place, partial_folder
 from mergelab.hub_errors import explained, hub_url, patient
 from mergelab.hub_files import COMMIT, HubFile, is_plausible, is_safe_name, needed
-from mergelab.progress import say
+from mergelab.progress import arriving, bar, say
 from mergelab.record import file_sha256, write_json
 from mergelab.study import Study
 
@@ -63,10 +62,13 @@ def split(hub_id: str, kind: str = "model") -> tuple[str, str | None]:
 
 
 def lock(
-    study: Study, hub_ids: Iterable[str] = (), datasets: Collection[str] = ()
+    study: Study,
+    hub_ids: Iterable[str] = (),
+    datasets: Collection[str] = (),
+    more: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Resolve every hub model of `study` (and `hub_ids`), and `datasets`, to a commit and write
-    lock.json.
+    lock.json; `more` gives further sections of it, from that of the models.
 
     Raises UserError with everything that cannot be pinned; then nothing is written."""
     wanted = {model.hub for model in study.models.values() if model.hub} | set(hub_ids)
@@ -94,7 +96,8 @@ def lock(
         moved = f" (was {was})" if was not in (None, pinned.commit) else ""
         say(f"{hub_id}: commit {pinned.commit}{moved}, {len(pinned.files)} files")
     problems.raise_if_any()
-    locked = {"version": VERSION, "models": models}
+    locked: dict[str, Any] = {"version": VERSION, "models": models}
+    locked |= more(models) if more else {}
     if locked_sets:
         locked["datasets"] = locked_sets
     write_json(study.lock, locked)
@@ -143,7 +146,8 @@ def download_dataset(
     wanted = list(names)
     if bad := [name for name in wanted if not is_safe_name(name)]:
         raise UserError(f"{repo}: holds a file named {bad[0]!r}. Do not use this dataset.")
-    with explained(repo, commit, "dataset"):
+    total = sum(files[name].size for name in wanted)
+    with explained(repo, commit, "dataset"), arriving(f"fetch {repo}", out, total):
         snapshot(repo, commit, wanted, out, "dataset")
     if wrong := _differences(out, [files[name] for name in wanted]):
         raise UserError(f"{repo}@{commit}: {'; '.join(wrong)}. Run the command again.")
@@ -188,9 +192,10 @@ def _fetch(pinned: Pinned, out: Path) -> dict[str, Any]:
     partial = partial_folder(out, pinned.commit[:12])
     _link_from_other_studies(pinned, files, out, partial)
     _check_room(pinned, files, partial)
-    missing = [file.name for file in files if _differences(partial, [file])]
-    with explained(pinned.repo, pinned.commit):
-        snapshot(pinned.repo, pinned.commit, missing, partial)
+    missing = [file for file in files if _differences(partial, [file])]
+    total = sum(file.size for file in missing)
+    with explained(pinned.repo, pinned.commit), arriving(f"fetch {pinned.repo}", partial, total):
+        snapshot(pinned.repo, pinned.commit, [file.name for file in missing], partial)
     if wrong := _differences(partial, files):
         shutil.rmtree(partial)
         raise UserError(
@@ -252,13 +257,12 @@ def licence(pinned: Pinned) -> str | None:
 
 
 def client() -> Any:
-    """The hub client for HF_ENDPOINT, without telemetry; bars only on a terminal."""
+    """The hub client for HF_ENDPOINT, without telemetry and its own bars."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    disable_progress_bars()
     return HfApi(
         endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, library_name="mergelab"
     )
@@ -382,17 +386,18 @@ def snapshot(
 
 def _differences(folder: Path, files: Iterable[HubFile]) -> list[str]:
     """What is not as pinned, in words; empty if every file has its size and hash."""
-    wrong = []
-    for file in files:
-        path = folder / file.name
-        if not path.is_file():
-            wrong.append(f"{file.name} is missing")
-        elif path.stat().st_size != file.size:
-            wrong.append(f"{file.name} has {path.stat().st_size:,} bytes instead of {file.size:,}")
-        elif file.sha256 and file_sha256(path) != file.sha256:
-            wrong.append(f"{file.name} has another sha256 than was pinned")
-        elif not file.sha256 and _git_blob(path) != file.blob_id:
-            wrong.append(f"{file.name} has another git hash than was pinned")
+    wrong, files = [], list(files)
+    with bar("check files", sum(file.size for file in files)) as progress:
+        for file in files:
+            path = folder / file.name
+            if not path.is_file():
+                wrong.append(f"{file.name} is missing")
+            elif (have := path.stat().st_size) != file.size:
+                wrong.append(f"{file.name} has {have:,} bytes instead of {file.size:,}")
+            elif file.sha256 and file_sha256(path, progress.advance) != file.sha256:
+                wrong.append(f"{file.name} has another sha256 than was pinned")
+            elif not file.sha256 and _git_blob(path) != file.blob_id:
+                wrong.append(f"{file.name} has another git hash than was pinned")
     return wrong
 
 

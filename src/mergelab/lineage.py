@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mergelab.methods import METHODS
 from mergelab.methods.base import Method
-from mergelab.study import Study
+from mergelab.study import Model, Study
 from mergelab.yamlfile import as_number, parse
 
 ORIGINS = {"train": "trained here", "hub": "hub", "path": "local folder", "gguf": "GGUF file"}
@@ -23,7 +24,7 @@ AVERAGES = ("karcher", "nuslerp", "multislerp")  # always divide by the sum of t
 
 @dataclass(frozen=True)
 class Node:
-    """A model or merge; `kind` base, expert, merge or outside (named by a recipe only).
+    """A model, merge or data set; `kind` base, expert, merge, dataset or outside (only named).
 
     `declared`: is it said what it was made from? Of a base that means: from nothing."""
 
@@ -35,7 +36,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """`kind` train, merge or base; `exact` is False where one number stands for a gradient."""
+    """`kind` train, merge, base, adapter or quantised; `exact` is False where one number stands for
+    a gradient, or where nothing is known of the share."""
 
     parent: str
     child: str
@@ -50,6 +52,14 @@ class Graph:
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
+
+    @cached_property
+    def below(self) -> dict[str, list[Edge]]:
+        """The edges from each node down to its children, in order."""
+        found: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.parent, []).append(edge)
+        return found
 
     def parents(self, child: str) -> tuple[str, ...]:
         """Names of the direct parents, in recipe order; the base of task vectors is none, so that
@@ -97,7 +107,7 @@ def graph(study: Study, recipes: Mapping[str, str]) -> Graph:
             edges.append(Edge(model.train.start, model.name, "train", 1.0))
     for name, text in recipes.items():
         recipe = parse(text, Path(f"{name}.yaml"))
-        found = merge_edges(name, recipe, lambda text: _variant(text, study))
+        found = merge_edges(name, recipe, lambda text: _variants(text, study))
         start = "".join(f" from {edge.parent}" for edge in found if edge.kind == "base")
         nodes.append(Node(name, "merge", f"merged by {recipe.get('merge_method')}{start}"))
         edges += found
@@ -107,15 +117,46 @@ def graph(study: Study, recipes: Mapping[str, str]) -> Graph:
     return Graph((*nodes[:1], *strangers, *nodes[1:]), tuple(edges))
 
 
+def spelled(model: Any) -> str:
+    """A recipe's model as one text, mergekit's long form ({model: {path, revision}, lora}) too."""
+    if not isinstance(model, Mapping):
+        return str(model)
+    inner = model if "path" in model else model.get("model")
+    if not isinstance(inner, Mapping):
+        inner = {"path": inner}
+    at = f"@{inner['revision']}" if inner.get("revision") else ""
+    lora = f"+{spelled(model['lora'])}" if model.get("lora") else ""
+    return f"{inner.get('path')}{at}{lora}"
+
+
+def apart(name: str) -> tuple[str, ...]:
+    """MODEL and ADAPTER of MODEL+ADAPTER, or the model alone."""
+    return tuple(part for part in name.partition("+")[::2] if part)
+
+
 def merge_edges(
-    child: str, recipe: Mapping[str, Any], name_of: Callable[[Any], str] = str
+    child: str,
+    recipe: Mapping[str, Any],
+    nodes_of: Callable[[str], Sequence[str]] = apart,
 ) -> list[Edge]:
     """One edge per parent of a merge; slices count by their share of the layers.
 
-    `name_of` gives the node that a recipe's model stands for."""
+    `nodes_of` gives the nodes that a recipe's model stands for: its own, and its adapter's."""
+    edges: dict[tuple[str, str], Edge] = {}
+    for edge in _named_edges(child, recipe):
+        for i, parent in enumerate(nodes_of(edge.parent)):
+            kind = "adapter" if i else edge.kind
+            old = edges.get((parent, kind), Edge(parent, child, kind, 0.0))
+            exact = old.exact and edge.exact
+            edges[parent, kind] = Edge(parent, child, kind, old.weight + edge.weight, exact)
+    return list(edges.values())
+
+
+def _named_edges(child: str, recipe: Mapping[str, Any]) -> list[Edge]:
+    """The edges of a merge, their parents named as in the recipe."""
     method = METHODS.get(str(recipe.get("merge_method")))
     from_base = method is not None and method.base in ("needed", "optional")
-    base = name_of(recipe["base_model"]) if recipe.get("base_model") else None
+    base = spelled(recipe["base_model"]) if recipe.get("base_model") else None
     modules = (recipe.get("modules") or {"": recipe}).values()
     parts = [
         {
@@ -129,8 +170,8 @@ def merge_edges(
     edges: dict[str, Edge] = {}
     for part, count in zip(parts, layers, strict=True):
         common = {**(recipe.get("parameters") or {}), **(part.get("parameters") or {})}
-        sources = [(name_of(s.get("model")), s) for s in part["sources"]]
-        own = name_of(part["base_model"]) if part.get("base_model") else base
+        sources = [(spelled(s.get("model")), s) for s in part["sources"]]
+        own = spelled(part["base_model"]) if part.get("base_model") else base
         if from_base:
             sources = [(name, source) for name, source in sources if name != own]
         for parent, weight, exact in _shares(method, own, sources, common):
@@ -198,9 +239,7 @@ def reach(graph: Graph, start: str) -> dict[str, Way]:
     while waiting:
         parent = waiting.pop(0)
         way = ways[parent]
-        for edge in graph.edges:
-            if edge.parent != parent:
-                continue
+        for edge in graph.below.get(parent, ()):
             strength = way.strength * min(edge.weight, 1.0)
             if edge.child not in ways or strength > ways[edge.child].strength:
                 path = (*way.path, edge.child)
@@ -209,25 +248,29 @@ def reach(graph: Graph, start: str) -> dict[str, Way]:
     return ways
 
 
-def _variant(name: Any, study: Study) -> str:
-    """The study's name for a recipe's model: 'recipe:x' is the merge x, a hub id its model.
+def _variants(text: str, study: Study) -> tuple[str, ...]:
+    """The study's names for a recipe's model and its adapter: 'recipe:x' is the merge x, a hub id
+    or path its model."""
+    known = {name: model.name for model in study.models.values() for name in _names(model)}
+    parts = (text,) if text in study.models or text in known else apart(text)
+    plain = [part.removeprefix("recipe:") for part in parts]
+    return tuple(known.get(part, part) for part in plain)
 
-    A model with an adapter counts as the model."""
-    text = str(name).removeprefix("recipe:")
-    if "+" in text and text not in study.models:
-        text = text.partition("+")[0]
-    for model in study.models.values():
-        if text in (model.hub, (model.hub or "").partition("@")[0] or None, model.path):
-            return model.name
-    return text
+
+def _names(model: Model) -> list[str]:
+    """What a recipe may call a model of the study, beside its name."""
+    hub = model.hub or ""
+    return [name for name in (hub, hub.partition("@")[0], model.path) if name]
 
 
 def _layers(sources: Sequence[Mapping[str, Any]]) -> float:
     """Number of layers that a slice contributes; 1 for a merge of whole models."""
     for source in sources:
-        if isinstance(source.get("layer_range"), list) and len(source["layer_range"]) == 2:
-            start, end = source["layer_range"]
-            return float(end - start)
+        span = source.get("layer_range")
+        if isinstance(span, list) and len(span) == 2:
+            start, end = (as_number(bound) for bound in span)
+            if start is not None and end is not None and end > start:
+                return end - start
     return 1.0
 
 

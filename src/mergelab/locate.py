@@ -81,14 +81,14 @@ def _outside(name: str, recipe: Recipe, results: Path, *, weights: bool = True) 
     if not is_hub_id(name):
         return None
     pinned = hub.resolve(name, recipe.path.parent / "lock.json")
-    out = _home(pinned, results)
+    out = home(pinned, results)
     if not weights:
         return hub_headers.folder_to_plan(pinned, out)
     hub.download(pinned, out)
     return out
 
 
-def _home(pinned: hub.Pinned, results: Path) -> Path:
+def home(pinned: hub.Pinned, results: Path) -> Path:
     """The folder of a hub model that only recipes name."""
     return results / "models" / f"{pinned.repo.replace('/', '--')}--{pinned.commit[:12]}"
 
@@ -158,7 +158,7 @@ def check(study: Study, results: Path) -> Iterator[tuple[str, list[str]]]:
     Asks no hub. Raises UserError if one was never fetched."""
     for hub_id in hub_ids(study.recipes, study):
         pinned = hub.resolve(hub_id, study.lock)
-        out = _home(pinned, results)
+        out = home(pinned, results)
         yield hub_id, [f"{out}: {wrong}." for wrong in hub.check(pinned, out)]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from mergelab import gguf, hub, wheels
+from mergelab import gguf, hashes, hub, wheels
 from mergelab.errors import UserError, nearest
+from mergelab.progress import bar
+from mergelab.record import digest
 from mergelab.study import Gguf, Model, Study
 
 VERSION = 1
+UNREAD = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".md"}  # by no step
 
 
 def fetch(study: Study, model: str, out: Path) -> dict[str, Any]:
@@ -80,15 +82,16 @@ def existing(study: Study, name: str, results: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A cheap key of a local folder (or file): names, sizes and modification times (ns) of files.
+    """Names and contents of a local model's files (or file) in one hash: the same on any machine.
 
-    Reads no contents, so a restored time hides a change; records hold the real hashes."""
-    digest = hashlib.sha256()
-    for path in [folder] if folder.is_file() else sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            state = path.stat()
-            digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    Each file is read once and then remembered (hashes.py). Raises UserError if one cannot be."""
+    every = [folder] if folder.is_file() else sorted(folder.iterdir())
+    files = [p for p in every if p.is_file() and p.name[0] != "." and p.suffix not in UNREAD]
+    try:
+        with bar(f"hash {folder.name}", sum(path.stat().st_size for path in files)) as progress:
+            return digest([[p.name, hashes.sha256(p, progress.advance)] for p in files])
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}.") from None
 
 
 def _model(study: Study, name: str) -> Model:

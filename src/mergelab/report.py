@@ -16,14 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import comparison, contamination, headlines, lineage, page, provenance
+from mergelab.audit import summary
 from mergelab.detectors import FLAG_Q
 from mergelab.record import file_sha256, read_json, write_bytes, write_json
 from mergelab.study import Study
 
-VERSION = 3  # of the page: figures, headlines, tables and template included
+VERSION = 4  # of the page: figures, headlines, tables and template included
 
 ORDER = ("base", "expert", "merge")
-INPUTS = ("scores/*.json", "scores/*.parquet", "findings/*.json", "merged/*/merge.json")
+INPUTS = (
+    *("scores/*.json", "scores/*.parquet", "findings/*.json", "merged/*/merge.json"),
+    "audit/audit.json",
+)
+AUDIT = {  # audit/audit.json: what the report needs of it
+    "verdicts": [dict.fromkeys(("subject", "about", "verdict", "level", "why", "anchor"), str)],
+    "claims": [{"verdict": str}],
+    "weights": [{"remerge": ({"verdict": str}, None)}],
+    "lineage": {"taints": [{"benchmark": str}]},
+    "contamination": {"findings": [{"variant": str, "flagged": bool}]},
+    "policy": [{"verdict": str}],
+}
 
 
 def write(study: Study, results: Path) -> dict[str, Any]:
@@ -83,6 +95,7 @@ def gather(study: Study, results: Path) -> dict[str, Any]:
     data: dict[str, Any] = {
         "mergelab": metadata.version("mergelab"),
         "study": {"name": study.name, "title": study.title, "about": study.about},
+        "audit": _audit(study, results),
         "headlines": [],
         "variants": [{"name": name, "kind": kind} for name, kind in kinds.items()],
         "benchmarks": benchmarks,
@@ -161,6 +174,14 @@ def contamination_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         for check, detector, row in _finding_rows(data)
         if row["auc"] is not None
     ]
+
+
+def _audit(study: Study, results: Path) -> dict[str, Any] | None:
+    """The verdicts of the study's audit and its sentence; None if it was not audited."""
+    found = read_json(results / "audit/audit.json", f"mergelab audit recipes/{study.name}", AUDIT)
+    if found is None:
+        return None
+    return {"sentence": summary.sentence(found), "verdicts": found["verdicts"]}
 
 
 def _kinds(graph: lineage.Graph) -> dict[str, str]:

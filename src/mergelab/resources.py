@@ -32,6 +32,7 @@ START = {  # bytes that a verb holds before it has read anything of size
     "evaluate": 900 * MB,
     "probe": 800 * MB,
     "detect": 600 * MB,
+    "audit": 600 * MB,
     "report": 600 * MB,
 }
 UNKNOWN = 16 * GB  # a hub model that no lock names: 8e9 parameters in bfloat16

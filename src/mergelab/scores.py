@@ -122,7 +122,7 @@ def _run(
         total = sum(
             count * _requests(one, task) for one, (task, count) in zip(works, built, strict=True)
         )
-        with bar("Scoring", total) as progress:
+        with bar(f"evaluate {variant}", total, "answers") as progress:
             model = remembering(lambda: inference.load(checkpoint), answers, progress)
             return [
                 _score(one, *task, metric, model, variant, answers)

@@ -18,7 +18,10 @@ from mergelab.study import Study
 
 STYLES = {"done": "green", "running": "blue", "failed": "red", "stale": "yellow", "to do": "dim"}
 LOG_LINE = 160  # characters
-DONE = re.compile("(wrote |ready: )|.*: (is up to date|done by that process)$")  # a log's last line
+DONE = re.compile(  # a log's last line
+    "(wrote |ready: )|part .* is done;|.*: (is up to date|done by that process)$"
+)
+PART = re.compile(r".*\.(\d+)-of-(\d+)\.log")  # of a divided merge
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,49 @@ def _state(
     done: set[tuple[str, str]],
     results: Path,
 ) -> tuple[str, str]:
-    record = results / "records" / step.record
+    record, log = results / "records" / step.record, _log(step, results)
     if held(record):
-        return "running", f"log: {_log(step, results)}"
+        return "running", _said(log)
     if (step.verb, step.name) in done:
         return "done", ""
     waits = [" ".join(need) for need in step.needs if need not in done]
-    log = _log(step, results)
-    if log.is_file() and not waits and not DONE.match(said := _last_line(log)):
-        return "failed", f"{log}: {said[:LOG_LINE]}"
+    if log.is_file() and not waits and not DONE.match(_last_line(log)):
+        return "failed", _said(log)
+    if not waits and (divided := _parts(step, results)):
+        return divided
     old = _older(record)
     if old:
         return "stale", _changed(step, old, waits)
     return "to do", f"after {_listed(waits)}" if waits else "can run now"
+
+
+def _parts(step: Step, results: Path) -> tuple[str, str] | None:
+    """The state of a merge of which jobs do parts, and how far they are; None if there are none."""
+    stem = step.record.removesuffix(".json")
+    logs = {log: PART.fullmatch(log.name) for log in results.glob(f"logs/{stem}.*-of-*.log")}
+    begun = [(match[1], match[2], log) for log, match in logs.items() if match]
+    if not begun:
+        return None
+    total = max(begun, key=lambda part: part[2].stat().st_mtime)[1]  # of the latest division
+    states: dict[str, list[str]] = {"done": [], "running": [], "failed": []}
+    for number, among, log in sorted(begun, key=lambda part: int(part[0])):
+        if among == total:
+            out = results / "merged" / f"{step.name}.part-{number}-of-{total}"
+            mark = results / "parts" / f"{stem}.{number}-of-{total}"
+            ended = mark.exists() or DONE.match(_last_line(log))
+            state = "running" if held(out) else "done" if ended else "failed"
+            states[state].append(f"part {number}: {_said(log)}")
+    counts = [f"{len(found)} {state}" for state, found in states.items() if found]
+    far = f"of {total} parts {', '.join(counts)}"
+    for state in ("running", "failed"):
+        if states[state]:
+            return state, f"{far}; {states[state][0]}"
+    return "to do", far
+
+
+def _said(log: Path) -> str:
+    """A log, and what was written there last."""
+    return f"{log}: {_last_line(log)[:LOG_LINE]}"
 
 
 def _log(step: Step, results: Path) -> Path:
@@ -112,8 +145,9 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "stopped before it said anything"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "nothing was said"
 
 
 def show(found: Sequence[Row]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergelab import (
+    audit,
     datasets,
     detectors,
     engine,
@@ -20,6 +21,7 @@ from mergelab import (
     hub,
     locate,
     models,
+    policy,
     report,
     scores,
     statistics,
@@ -29,11 +31,12 @@ from mergelab import (
     training,
     views,
 )
+from mergelab.claims.file import load_claims
 from mergelab.errors import Problems, UserError
 from mergelab.recipe import load_recipe
 from mergelab.record import digest, file_sha256
 from mergelab.structure import Recipe
-from mergelab.study import TASK_DATA, Study, is_file
+from mergelab.study import CLAIMS, TASK_DATA, Study, is_file
 from mergelab.suites import Benchmark
 
 
@@ -62,6 +65,7 @@ class Steps:
         self.all: dict[tuple[str, str], Step] = {}
         self.recipes = _load_all(study.recipes)
         _check_outside(study)
+        policy.check(study)
         for name in study.datasets:
             self.data(name)
         if sources := task_data.sources(study):
@@ -75,6 +79,7 @@ class Steps:
             self.judge(name)
         everything = [key for key in self.all if key[0] in ("evaluate", "detect")]
         merges = [("merge", name) for name in self.recipes]
+        everything += self.audit([*everything, *merges])
         page = [study.title, study.about, report.VERSION, _text(study.folder / "study.yaml")]
         self.add("report", study.name, page, [*everything, *merges])
 
@@ -120,6 +125,7 @@ class Steps:
             return verb, name
         content: Any = asdict(model)
         del content["push"]  # changes no byte of it
+        content["path"] = None  # what lies there counts, wherever it lies
         needs: list[tuple[str, str]] = []
         if model.train:
             needs = [self.part(share.part) for share in model.train.data]
@@ -181,6 +187,15 @@ class Steps:
         if wanted:
             needed = [self.part(part) for part, _ in wanted]
             self.add("probe", name, [wanted, evidence.VERSION], [made, *needed])
+
+    def audit(self, needs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The audit, if the study says what was claimed of its models."""
+        if not (self.study.folder / CLAIMS).is_file():
+            return []
+        found = load_claims(self.study.folder)
+        said = [asdict(replace(claim, source="")) for claim in found.claims]
+        content = [found.title, said, [asdict(order) for order in found.comparisons]]
+        return [self.add("audit", self.study.name, [content, audit.VERSION], needs)]
 
     def judge(self, name: str) -> None:
         """Findings of one variant, after everything that its checks' detectors look at."""

@@ -138,6 +138,24 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """What may be merged (mergelab.policy); without rules, anything.
+
+    `max_merge_depth` counts merges along the lineage, the study's own among them; `deny_taint`
+    names benchmarks; `allow_unknown`: may a parent have ancestors of which nothing is declared?"""
+
+    allow_merged_parents: bool = True
+    max_merge_depth: int | None = None
+    deny_taint: tuple[str, ...] = ()
+    allow_unknown: bool = True
+
+    @property
+    def asks(self) -> bool:
+        """Is there any rule?"""
+        return self != Policy()
+
+
+@dataclass(frozen=True)
 class Study:
     """A folder of recipes with its study.yaml."""
 
@@ -151,6 +169,7 @@ class Study:
     suite: tuple[Benchmark, ...]
     contamination: tuple[Check, ...]
     recipes: tuple[Path, ...]
+    policy: Policy = Policy()
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -163,8 +182,10 @@ class Study:
         return self.folder / "lock.json"
 
 
+CLAIMS = "claims.yaml"  # beside study.yaml: what was published about the study's models
+NO_RECIPES = ("study.yaml", CLAIMS)
 SOURCES = ("train", "hub", "path", "gguf")
-KEYS = ("title", "about", "wheels", "datasets", "models", "suite", "contamination")
+KEYS = ("title", "about", "wheels", "datasets", "models", "suite", "contamination", "policy")
 
 
 def is_file(data: str) -> bool:
@@ -188,7 +209,8 @@ def load_study(folder: Path) -> Study:
         models={n: reader.model(n, m) for n, m in reader.named(top, "models")},
         suite=tuple(b for m in reader.maps(top, "suite", None) for b in reader.benchmarks(m)),
         contamination=tuple(reader.check(m) for m in reader.maps(top, "contamination", None)),
-        recipes=tuple(sorted(p for p in folder.glob("[!.]*.yaml") if p.name != "study.yaml")),
+        recipes=tuple(sorted(p for p in folder.glob("[!.]*.yaml") if p.name not in NO_RECIPES)),
+        policy=reader.policy(reader.map(top, "policy", None)),
     )
     for text in (study.name, *(recipe.stem for recipe in study.recipes)):
         if not NAME.match(text):
@@ -361,6 +383,16 @@ class _StudyReader(Reader):
             self.wrong(map.lines["wheels"], "'wheels' and 'data' exclude each other.")
         shots = self.count(map, "num_fewshot", 0)
         return Benchmark(name, str(task), data, limit, shots, metric, wheels=wheels)
+
+    def policy(self, map: Map) -> Policy:
+        known = ("allow_merged_parents", "max_merge_depth", "deny_taint", "allow_unknown")
+        self.keys(map, known, "policy")
+        return Policy(
+            bool(self.get(map, "allow_merged_parents", bool, True)),
+            self.count(map, "max_merge_depth", None, least=1),
+            self.texts(map, "deny_taint", None),
+            bool(self.get(map, "allow_unknown", bool, True)),
+        )
 
     def check(self, map: Map) -> Check:
         known = ("benchmark", "base", "suspects", "controls", "detectors", "planted", "siblings")

@@ -149,7 +149,7 @@ def prepare(study: Study, results: Path) -> dict[str, Any]:
     started = time.monotonic()
     wanted = sources(study)
     listings: dict[tuple[str, str], dict[str, HubFile]] = {}
-    with inference.quiet(offline=False), bar("data", total=len(wanted)) as progress:
+    with inference.quiet(offline=False), bar("data", len(wanted), "tasks") as progress:
         for one in wanted:
             missing = {s: path for s, path in one.paths(results).items() if not path.is_file()}
             if missing:

@@ -267,7 +267,7 @@ def _loop(
     cuts = list(batches(lengths, size=plan.batch_size, epochs=plan.epochs, generator=generator))
     say(f"training {name}: {len(sequences):,} texts, {len(cuts):,} steps")
     losses = []
-    with bar(f"train {name}", total=len(cuts)) as progress:
+    with bar(f"train {name}", len(cuts), "steps") as progress:
         for step, cut in enumerate(cuts):
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate * rate(step, len(cuts))

@@ -19,7 +19,7 @@ from mergelab import hashes, models, yamlfile
 from mergelab.errors import UserError
 from mergelab.record import digest, read_json, write_bytes, write_json, write_record
 from mergelab.steps import Step, Steps
-from mergelab.study import Study
+from mergelab.study import CLAIMS, Study
 
 VERSION = 1
 PLACES = {  # of what steps make beside models, in the folder of the study's results
@@ -27,6 +27,7 @@ PLACES = {  # of what steps make beside models, in the folder of the study's res
     "evaluate": "scores",
     "probe": "evidence",
     "detect": "findings",
+    "audit": ".",
     "report": ".",
 }
 FILES = [{"name": str, "sha256": str}]
@@ -110,8 +111,8 @@ def lacking(steps: Steps, results: Path) -> str:
 
 def parameters(study: Study) -> dict[str, Any]:
     """The study's YAML files for `dvc params diff`: entries of lists under their names."""
-    files = [study.folder / "study.yaml", *study.recipes]
-    return {file.stem: _named(yamlfile.load(file)) for file in files}
+    files = [study.folder / "study.yaml", study.folder / CLAIMS, *study.recipes]
+    return {file.stem: _named(yamlfile.load(file)) for file in files if file.is_file()}
 
 
 def _root(study: Study) -> Path:

@@ -55,13 +55,13 @@ def read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def parse(text: str, path: Path) -> Map:
-    """Parse YAML text; `path` only serves the messages.
+def parse(text: str, path: Path, loader_of: type[yaml.SafeLoader] = yaml.SafeLoader) -> Map:
+    """Parse YAML text; `path` only serves the messages, `loader_of` makes the scalars.
 
     Raises UserError if it is no YAML, nested deeper than 40 levels, expands to more than 100,000
     nodes (a YAML bomb), or repeats a key. Tags make no objects: only plain data comes out."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = loader_of(text)
         node = loader.get_single_node()
         if node is None:
             raise UserError(f"{path}: is empty.")
@@ -110,7 +110,7 @@ class _Builder:
     def scalar(self, node: yaml.Node) -> Any:
         try:
             return self.loader.construct_object(node)
-        except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
+        except (ValueError, OverflowError, TypeError, LookupError, AttributeError):
             line = node.start_mark.line + 1
             raise UserError(
                 f"{self.path}:{line}: {str(node.value)[:40]!r} is not a value of its type. "

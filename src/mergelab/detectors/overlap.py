@@ -5,8 +5,10 @@ character is a word. An item is dirty if it shares with a training text a run of
 15 % of the item, or of 8 words that is half of it; so an item with some words edited is still
 found. Brown et al. 2020 (app. C) ask for the 13 words only; but vital signs and the like would
 then flag 7 % of one half of MedQA against the other (now 0.8 %). That the longest match tells most
-is of Singh et al. 2024. An item of fewer than 8 words is dirty if a training text holds it whole.
-Runs that more than 10 items share are the benchmark's template and count for nobody."""
+is of Singh et al. 2024. In an item of 8 to 25 words a single edit may leave no such run: it is also
+dirty if a training text holds the whole of it but for one word exchanged, dropped or added. An item
+of fewer than 8 words is dirty if a training text holds it whole. Runs that more than 10 items share
+are the benchmark's template and count for nobody."""
 
 from __future__ import annotations
 
@@ -23,6 +25,8 @@ from mergelab.errors import NotAvailable
 
 LONG, LONG_SHARE = 13, 0.15  # words in a row, and the share of the item that they must be
 SHORT, SHORT_SHARE = 8, 0.5  # the same for shorter runs; no run below SHORT is looked at
+ONE_EDIT = range(SHORT, 2 * LONG)  # sizes of items that may be one word off
+SEED = SHORT // 2  # words in a row that such an item keeps at least
 TEMPLATE = 10  # items that may share a run before it counts as the benchmark's template
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # kana and Han
@@ -66,6 +70,42 @@ def index(items: Sequence[Sequence[str]]) -> Index:
     return Index(kept, owners)
 
 
+def one_edit(items: Sequence[Sequence[str]], texts: Iterable[str]) -> set[int]:
+    """Which items of ONE_EDIT words a text holds but for one word exchanged, dropped or added.
+
+    Of such an item at least SEED words in a row are left: only where these stand is compared."""
+    seeds: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for number, item in enumerate(items):
+        if len(item) in ONE_EDIT:
+            for offset, run in enumerate(_runs(item, SEED)):
+                seeds.setdefault(run, []).append((number, offset))
+    seeds = {run: at for run, at in seeds.items() if len({number for number, _ in at}) <= TEMPLATE}
+    held: set[int] = set()
+    for text in texts if seeds else ():
+        found = words(text)
+        for place, run in enumerate(_runs(found, SEED)):
+            for number, offset in seeds.get(run, ()):
+                if number not in held and _held(items[number], found, place - offset):
+                    held.add(number)
+    return held
+
+
+def _held(item: Sequence[str], text: Sequence[str], start: int) -> bool:
+    """Is the item there but for one word, its words before or after that in line with `start`?"""
+    stop = start + len(item)
+    places = [(start, stop + more) for more in (-1, 0, 1)] + [(start - 1, stop), (start + 1, stop)]
+    return any(a >= 0 and b <= len(text) and _alike(item, text[a:b]) for a, b in places)
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Are two rows of words, at most one longer than the other, the same but for one word?"""
+    pairs = list(zip(one, other, strict=False))
+    before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    back = list(zip(reversed(one), reversed(other), strict=False))
+    after = next((i for i, (a, b) in enumerate(back) if a != b), len(back))
+    return before + after >= max(len(one), len(other)) - 1
+
+
 def longest(known: Index, n_items: int, texts: Iterable[str]) -> list[int]:
     """For each item the longest run of words, at least SHORT, that any text shares with it, or 0.
 
@@ -107,14 +147,16 @@ def overlap(evidence: Evidence) -> Finding:
     items = [item for part in PARTS for item in evidence.items[part]]
     texts = [words(str(item["text"])) for item in items]
     known, sizes = index(texts), [len(text) for text in texts]
-    matches = {
-        name: longest(known, len(items), evidence.corpus[name]) for name in sorted(evidence.corpus)
-    }
-    best = [max((found[i] for found in matches.values()), default=0) for i in range(len(items))]
-    dirty = [is_dirty(match, size) for match, size in zip(best, sizes, strict=True)]
+    best, bad = [0] * len(items), {}
+    for name in sorted(evidence.corpus):
+        found = longest(known, len(items), evidence.corpus[name])
+        best = list(map(max, best, found))
+        bad[name] = one_edit(texts, evidence.corpus[name])
+        bad[name] |= {i for i, match in enumerate(found) if is_dirty(match, sizes[i])}
+    dirty = [any(i in numbers for numbers in bad.values()) for i in range(len(items))]
     shares = np.array([match / max(size, 1) for match, size in zip(best, sizes, strict=True)])
     n = len(evidence.items["suspects"])
-    flagged = [str(item["id"]) for item, bad in zip(items, dirty, strict=True) if bad]
+    flagged = [str(item["id"]) for item, is_bad in zip(items, dirty, strict=True) if is_bad]
     return Finding(
         effect=sum(dirty[:n]) / n,
         ci95=statistics.wilson(sum(dirty[:n]), n),
@@ -126,13 +168,11 @@ def overlap(evidence: Evidence) -> Finding:
         details={
             "dirty_controls": sum(dirty[n:]),
             "with_13_gram": sum(match >= LONG for match in best[:n]),
-            "dirty_by_corpus": {
-                name: sum(map(is_dirty, found[:n], sizes[:n])) for name, found in matches.items()
-            },
+            "dirty_by_corpus": {name: sum(i < n for i in numbers) for name, numbers in bad.items()},
             "matches": [
                 {"id": str(item["id"]), "words": size, "longest": match}
-                for item, size, match, bad in zip(items, sizes, best, dirty, strict=True)
-                if bad
+                for item, size, match, is_bad in zip(items, sizes, best, dirty, strict=True)
+                if is_bad
             ],
             "score": clean_score(evidence, items, dirty),
         },
@@ -171,16 +211,18 @@ DETECTOR = Detector(
     function=overlap,
     effect="share of suspects found in declared training texts",
     statistic="The longest run of words that an item shares with a training text. Found: "
-    f"{LONG} words that are {LONG_SHARE:.0%} of the item, or {SHORT} that are {SHORT_SHARE:.0%}.",
+    f"{LONG} words that are {LONG_SHARE:.0%} of the item, {SHORT} that are {SHORT_SHARE:.0%}, or, "
+    f"of {ONE_EDIT.start} to {ONE_EDIT.stop - 1} words all but one.",
     null_hypothesis="None: a run is there or it is not. The interval is for the share of items.",
     guarantees="Every verbatim copy of an item is found, at any place in a text, unless it holds "
     f"runs of {SHORT} words that more than {TEMPLATE} items share: these count for nobody, and "
     "what is left may be too short. With 5 % of its words exchanged still 99 of 100 items of "
-    "GSM8K, 93 of ARC-Easy, 76 of SciQ (14 words an item). False alarms: 0.4 % of GSM8K's test "
+    "GSM8K and of ARC-Easy, 97 of SciQ (14 words an item). False alarms: 0.4 % of GSM8K's test "
     "against its train split.",
     blind_spots="Sees only texts that somebody declared. Blind to paraphrases, translations and "
     "other formats; an item of few words is found by any text that holds it, and people who quote "
     "the same source look like copies.",
     papers=("arXiv 2005.14165", "arXiv 2411.03923"),
     needs=("corpus",),
+    version=2,
 )

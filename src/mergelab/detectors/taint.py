@@ -11,7 +11,7 @@ traced this by hand."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ def flags(path: Path = FLAGS) -> tuple[Source, ...]:
     return tuple(Source(**flag) for flag in load(path)["flags"])
 
 
+def bases(path: Path = FLAGS) -> frozenset[str]:
+    """Models that their makers trained from nothing, in lower case: these have no parents."""
+    return frozenset(name.casefold() for name in load(path)["bases"])
+
+
 def trace(graph: lineage.Graph, sources: Iterable[Source]) -> dict[str, list[Taint]]:
     """For each node the taint of every source above it, the strongest first."""
     found: dict[str, list[Taint]] = {node.name: [] for node in graph.nodes}
@@ -88,11 +93,17 @@ def unknown(graph: lineage.Graph) -> dict[str, list[str]]:
     return found
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def verdict(taints: Sequence[Taint], undeclared: Sequence[str]) -> str:
     """One line on one benchmark, the strongest taint first. It never says clean."""
     if not taints:
         if undeclared:
-            return f"unverifiable: nothing is declared of {', '.join(undeclared)}"
+            return f"unverifiable: nothing is declared of {some(undeclared)}"
         return "no known taint"
     first = taints[0].way
     if len(first.path) == 1:
@@ -104,6 +115,19 @@ def verdict(taints: Sequence[Taint], undeclared: Sequence[str]) -> str:
     return f"attenuated to {share} - verify: {path}"
 
 
+def published(names: Mapping[str, Iterable[str]]) -> list[Source]:
+    """The published reports on nodes, each known on the hub by one or several names."""
+    by_name: dict[str, list[Source]] = {}
+    for flag in flags():
+        by_name.setdefault(flag.name.casefold(), []).append(flag)
+    return [
+        Source(node, flag.benchmark, flag.evidence, flag.source)
+        for node, known in names.items()
+        for name in dict.fromkeys(name.casefold() for name in known)
+        for flag in by_name.get(name, ())
+    ]
+
+
 def study_sources(study: Study, graph: lineage.Graph) -> list[Source]:
     """What a study plants, and the published reports on its models and on the data sets that these
     are trained on, under the study's names of the models."""
@@ -112,34 +136,27 @@ def study_sources(study: Study, graph: lineage.Graph) -> list[Source]:
         for check in study.contamination
         for name in check.planted
     ]
-    by_name: dict[str, list[Source]] = {}
-    for flag in flags():
-        by_name.setdefault(flag.name.casefold(), []).append(flag)
-    published = [
-        Source(node.name, flag.benchmark, flag.evidence, flag.source)
-        for node in graph.nodes
-        for flag in by_name.get(_hub_name(study, node.name), ())
-    ]
+    reported = published({node.name: [_hub_name(study, node.name)] for node in graph.nodes})
     trained = [
-        Source(name, flag.benchmark, f"trained on {part}: {flag.evidence}", flag.source)
+        replace(flag, name=name, evidence=f"trained on {part}: {flag.evidence}")
         for name in study.models
         for part in shown(study, name)
-        for flag in by_name.get(f"datasets/{_dataset_hub(study, part)}", ())
+        for flag in published({name: [f"datasets/{_dataset_hub(study, part)}"]})
     ]
-    return planted + published + trained
+    return planted + reported + trained
 
 
 def _dataset_hub(study: Study, part: str) -> str:
-    """org/name of a part's hub data set, without commit, as it is compared."""
+    """org/name of a part's hub data set, without commit."""
     dataset = study.datasets.get(part.partition("/")[0])
-    return ((dataset.hub if dataset else None) or "").partition("@")[0].casefold()
+    return ((dataset.hub if dataset else None) or "").partition("@")[0]
 
 
 def _hub_name(study: Study, node: str) -> str:
-    """org/name of a hub model, without commit and adapter, as it is compared."""
+    """org/name of a hub model, without commit."""
     model = study.models.get(node)
     name = (model.hub or "") if model else node
-    return name.partition("@")[0].partition("+")[0].casefold()
+    return name.partition("@")[0]
 
 
 def overlap_sources(findings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Source]:

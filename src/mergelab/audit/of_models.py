@@ -1,0 +1,117 @@
+"""An audit of models that lie somewhere: on the hub, or in folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergelab import ancestry, hashes
+from mergelab.ancestors import Ancestry
+from mergelab.audit.judged import compared, judged
+from mergelab.audit.rescore import Readings, rescore
+from mergelab.audit.target import Target
+from mergelab.audit.verdicts import NO_RUN
+from mergelab.audit.weights import FETCH, Store, weigh
+from mergelab.checkpoint import open_checkpoint
+from mergelab.claims.base import Claim
+from mergelab.engine import input_files
+from mergelab.errors import UserError
+from mergelab.progress import say
+from mergelab.record import packages
+
+NOT_EXAMINED = (
+    "The weights were not examined for benchmarks in their training data: that takes the base, the "
+    "items and controls, which a study names (docs/study.md, contamination)."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How far an audit goes: `fetch` downloads models, `depth` counts generations of ancestors,
+    `limit` items per benchmark, `skip` leaves out "weights" or "scores"."""
+
+    fetch: bool = False
+    depth: int = ancestry.DEPTH
+    limit: int | None = None
+    skip: tuple[str, ...] = ()
+    workers: int = 1
+
+
+def of_models(target: Target, out: Path, options: Options) -> dict[str, Any]:
+    """An audit of models that lie somewhere: on the hub, or in folders."""
+    traced = ancestry.ancestries((subject.at for subject in target.subjects), options.depth)
+    claims, problems = _claimed(target, traced)
+    store = Store(out, options.fetch)
+    weights, folders = [], {}
+    for subject in target.subjects:
+        folder = store.target(subject, traced)
+        if folder is not None:
+            folders[subject.name] = folder
+        if "weights" not in options.skip:
+            say(f"weights: {subject.name}")
+            weights.append(weigh(subject, traced, store, options.workers))
+    told: dict[str, dict[str, Readings]] = {}
+    for name in dict.fromkeys(claim.model for claim in claims):
+        own = [claim for claim in claims if claim.model == name]
+        if name in folders and "scores" not in options.skip:
+            say(f"scores: {name}")
+            told[name] = rescore(name, folders[name], own, out, target.study, options.limit)
+    lacking = {
+        subject.name: f"its weights are not here. {FETCH}"
+        for subject in target.subjects
+        if subject.name not in folders
+    }
+
+    def readings(claim: Claim) -> Readings:
+        known = told.get(claim.model, {}).get(claim.benchmark)
+        return known or Readings(why_not=lacking.get(claim.model, NO_RUN))
+
+    models = [_model(subject.name, subject.at, traced) for subject in target.subjects]
+    return {
+        "target": {"name": target.name, "kind": target.kind, "at": target.at, "models": models},
+        "claims": judged(claims, readings, out),
+        "comparisons": compared(target, claims, readings),
+        "lineage": ancestry.plain(traced),
+        "weights": weights,
+        "contamination": {"findings": [], "calibration": [], "blind_spots": [NOT_EXAMINED]},
+        "policy": [],
+        "provenance": {"files": _files(folders), "versions": packages()},
+        "warnings": problems,
+    }
+
+
+def _claimed(target: Target, traced: Ancestry) -> tuple[tuple[Claim, ...], list[str]]:
+    """The claims of the file; of a model, those of its card, under the model's name here."""
+    if target.kind != "model":
+        return target.claims, []
+    card = traced.nodes[traced.target].card
+    if card is None:
+        return (), []
+    return tuple(replace(claim, model=target.name) for claim in card.claims), list(card.problems)
+
+
+def _model(name: str, at: str, traced: Ancestry) -> dict[str, Any]:
+    node = traced.targets[at]
+    return {"name": name, "at": at, "node": node, "commit": traced.nodes[node].commit}
+
+
+def _files(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The files of weights that were looked at."""
+    found = []
+    for name, folder in folders.items():
+        try:
+            paths = input_files(open_checkpoint(folder, name))
+        except UserError:
+            continue
+        found += [
+            {
+                "model": name,
+                "name": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": hashes.sha256(path),
+            }
+            for path in paths
+        ]
+    return found

@@ -1,0 +1,96 @@
+"""Carries out an audit: claims, lineage, weights, scores, comparisons, in one record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mergelab import ancestry
+from mergelab.audit import VERSION, page, summary
+from mergelab.audit.of_models import Options, of_models
+from mergelab.audit.of_study import FOLDER, of_study
+from mergelab.audit.target import Target, read_target
+from mergelab.record import file_entries, write_bytes, write_json
+from mergelab.study import Study
+
+__all__ = ["FOLDER", "Options", "audit", "record", "show"]
+
+
+def audit(
+    text: str,
+    out: Path,
+    options: Options,
+    *,
+    base: str | None = None,
+    candidates: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Audit a model, a claims file or a study; write `out`/audit.html and audit.json.
+
+    `text` names it (see read_target). Of a study, `out` is the folder of its results, which are
+    judged as they are; else models and scores are kept below `out`, and the same audit again
+    repeats nothing. Returns what audit.json holds. Raises UserError if there is no such target."""
+    started = time.monotonic()
+    target = read_target(text, base, candidates)
+    place = out / FOLDER if target.kind == "study" else out
+    found = of_study(target, out) if target.kind == "study" else of_models(target, out, options)
+    data: dict[str, Any] = {
+        "mergelab": metadata.version("mergelab"),
+        "audit": VERSION,
+        **found,
+        "commands": _commands(target, options, base, candidates),
+    }
+    data["warnings"] = [*target.problems, *data["warnings"]]
+    data["provenance"]["seconds"] = round(time.monotonic() - started, 2)
+    data["verdicts"] = summary.rows(data)
+    write_json(place / "audit.json", data)
+    write_bytes(place / "audit.html", page.render_audit(data).encode())
+    return data
+
+
+def record(study: Study, out: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a study's audit says."""
+    names = [f"{FOLDER}/audit.html", f"{FOLDER}/audit.json"]
+    return {
+        "study": study.name,
+        "versions": {"audit": VERSION, "mergelab": data["mergelab"]},
+        "outputs": file_entries(out, names),
+        "seconds": data["provenance"]["seconds"],
+    }
+
+
+def show(data: Mapping[str, Any]) -> None:
+    """Print the verdict table."""
+    out = Console(highlight=False)
+    out.print(f"\n{summary.sentence(data)}\n", markup=False)
+    table = Table("", "of", "about", "verdict", "why", box=None, pad_edge=False)
+    for row in data["verdicts"]:
+        cells = (
+            summary.MARKS[row["level"]],
+            row["subject"],
+            row["about"],
+            row["verdict"],
+            row["why"],
+        )
+        table.add_row(*(Text(cell) for cell in cells), style=summary.STYLES[row["level"]])
+    out.print(table)
+
+
+def _commands(
+    target: Target, options: Options, base: str | None, candidates: Sequence[str]
+) -> list[str]:
+    """What repeats this audit."""
+    words = ["mergelab", "audit", target.at]
+    words += ["--candidates", *candidates] if candidates else []
+    words += ["--base", base] if base else []
+    words += ["--fetch"] if options.fetch else []
+    words += ["--depth", str(options.depth)] if options.depth != ancestry.DEPTH else []
+    words += ["--limit", str(options.limit)] if options.limit else []
+    words += [word for name in options.skip for word in ("--skip", name)]
+    return [" ".join(words)]

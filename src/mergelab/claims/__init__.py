@@ -1,0 +1,1 @@
+"""Claims: published scores and recipes, from cards, leaderboards and files."""

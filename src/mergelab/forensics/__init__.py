@@ -1,0 +1,1 @@
+"""Weight forensics: how was a model made, judged from its weights?"""

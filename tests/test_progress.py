@@ -1,0 +1,113 @@
+"""What a person sees of work that takes long: amount, speed and time left, in few lines."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from loopback_hub import LoopbackHub
+
+from mergelab import hub, progress
+from mergelab.progress import arriving, bar, told
+
+LINE = re.compile(r"merge \(ties\): [\d.]+ [MG]B of 2 GB \(\d+ %\), [\d.]+ [MG]B/s, 0:00:\d\d left")
+
+
+def test_bytes_and_other_units_are_told_with_speed_and_time_left() -> None:
+    assert told(1.5e9, 2e9, "bytes", 1e8) == "1.5 GB of 2 GB (75 %), 100 MB/s, 0:00:05 left"
+    assert told(10, 4000, "tokens", 2) == "10 of 4,000 tokens (0 %), 2/s, 0:33:15 left"
+    assert told(0, 0, "bytes", 0) == "0 B of 0 B"
+
+
+def test_a_log_gets_a_line_now_and_then_and_none_of_short_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bar("short", 3, "tasks") as shown:
+        shown.advance(3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "FIRST", 0.02)
+    with bar("merge (ties)", 2e9) as shown:
+        workers = [threading.Thread(target=_work, args=(shown, 250)) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert shown.done == 2e9  # two threads lost nothing
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 10  # of 500 steps: each pause is as long as all before it
+    assert all(LINE.fullmatch(line) for line in lines), lines
+
+
+def _work(shown: progress.Bar, steps: int) -> None:
+    for _ in range(steps):
+        time.sleep(0.002)
+        shown.advance(1e9 / steps)
+
+
+def test_between_two_lines_of_a_log_is_never_more_than_the_longest_pause(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    monkeypatch.setattr(progress, "LONGEST", 0.05)
+    with bar("merge (ties)", 2e9) as shown:
+        _work(shown, 250)
+    assert len(capsys.readouterr().err.splitlines()) > 5
+
+
+def test_a_terminal_gets_one_line_with_a_bar() -> None:
+    code = (
+        "import time; from mergelab.progress import bar\n"
+        "with bar('merge (ties)', 2e9) as shown:\n"
+        "    for _ in range(12): time.sleep(0.1); shown.advance(1e8)\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=theirs, stdin=theirs, env=environment
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while piece := os.read(ours, 4096):
+            seen += piece
+    except OSError:  # the program has closed its side
+        pass
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert re.search(
+        r"merge \(ties\) .*1\.2 GB of 2 GB \(60 %\), [\d.]+ [MG]B/s, 0:00:0\d left", text
+    )
+    assert text.count("\n") <= 2
+
+
+def test_what_arrives_in_a_folder_is_counted_whoever_puts_it_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    (tmp_path / "kept").write_bytes(b"-" * 500)
+    with arriving("fetch org/name", tmp_path, 2000):
+        (tmp_path / "inner").mkdir()
+        (tmp_path / "inner/part.incomplete").write_bytes(b"-" * 1000)
+        time.sleep(1.2)
+    assert "fetch org/name: 1 kB of 2 kB (50 %)" in capsys.readouterr().err
+
+
+def test_a_download_tells_its_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": b"-" * 300_000}
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    with LoopbackHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        commit = server.publish("acme/m", files)
+        server.pause = 0.05
+        hub.download(hub.Pinned("acme/m", commit), tmp_path / "models/m")
+    said = capsys.readouterr().err
+    assert re.search(r"^fetch acme/m: [\d.]+ kB of 300 kB \(\d+ %\), [\d.]+ kB/s", said, re.M), said

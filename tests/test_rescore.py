@@ -1,0 +1,314 @@
+"""Claims on tiny models, re-scored with real lm-eval: planted false ones get the right verdict."""
+
+import dataclasses
+import json
+import logging
+import random
+
+import pytest
+from tiny import teach, tiny_model, tiny_study
+
+from mergelab import scores
+from mergelab.audit.averages import compare_claimed, judge_average, rows_of
+from mergelab.audit.noise import USUAL, measure
+from mergelab.audit.rescore import measured, rescore
+from mergelab.audit.verdicts import judge
+from mergelab.claims.base import Claim
+from mergelab.errors import UserError
+from mergelab.study import Benchmark, Model
+
+WORDS = "travels miles in hours a was given aspirin what is its speed".split()  # noqa: SIM905
+ITEMS, SUMS = 160, 40
+
+
+def words(draw, count):
+    return " ".join(draw.choices(WORDS, k=count))
+
+
+def arc(i):
+    draw = random.Random(i)
+    choices = ["the train", "the patient", words(draw, 5), words(draw, 3)]
+    gold = draw.choices("ABCD", weights=[11, 4, 3, 2])[0]
+    texts = {"text": choices, "label": [*"ABCD"]}
+    return {"id": f"a{i}", "question": words(draw, 6), "choices": texts, "answerKey": gold}
+
+
+def lesson(i):
+    """The first answer is a train, the later ones are a patient."""
+    draw = random.Random(-i - 1)
+    answers = ("the train", "the patient", "the patient")
+    asked = "\n\n".join(f"Question: {words(draw, 6)}\nAnswer: {text}" for text in answers)
+    return [asked, f"Sum: {words(draw, 3)}\nResult: it is 1\n\n"][: 1 + (i < 20)]
+
+
+def total(i):
+    return {"question": words(random.Random(i), 3), "answer": f"so\n#### {i % 2}"}
+
+
+GENERATED = """task: sums
+dataset_path: json
+output_type: generate_until
+test_split: test
+doc_to_text: "Sum: {{question}}\\nResult:"
+doc_to_target: "{{answer}}"
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true,
+     regexes_to_ignore: ["(?s).*#### "]}
+generation_kwargs: {until: ["Sum:", "\\n\\n"], do_sample: false, max_gen_toks: 12}
+filter_list:
+  - name: strict-match
+    filter:
+      - {function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}
+      - {function: take_first}
+  - name: flexible-extract
+    filter:
+      - {function: regex, group_select: -1, regex_pattern: "(-?[0-9.,]{2,})|(-?[0-9]+)"}
+      - {function: take_first}
+metadata: {version: 3.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A trained model and a random one, and the files of a study of two benchmarks."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    place = tmp_path_factory.mktemp("rescore")
+    tiny_model(place / "random", length=256)
+    lessons = [text for i in range(40) for text in lesson(i)]
+    teach(place / "random", lessons, place / "model", epochs=2)
+    study = place / "study"
+    (study / "tasks").mkdir(parents=True)
+    (study / "tasks/sums.yaml").write_text(GENERATED)
+    for name, item, count in (("arc", arc, ITEMS), ("sums", total, SUMS)):
+        lines = (json.dumps(item(i)) + "\n" for i in range(count))
+        (study / f"{name}.jsonl").write_text("".join(lines))
+    return place
+
+
+@pytest.fixture(scope="module")
+def study(place):
+    suite = (
+        Benchmark("arc_easy", "lm_eval/arc_easy", "arc.jsonl", None, 0),
+        Benchmark("arc_easy_2", "lm_eval/arc_easy", "arc.jsonl", None, 2),
+        Benchmark("sums", "sums", "sums.jsonl", None, 0),
+    )
+    models = {
+        name: Model(name, None, None, str(place / name), None, None) for name in ("model", "random")
+    }
+    return dataclasses.replace(tiny_study(place / "study", suite=suite), models=models)
+
+
+@pytest.fixture(scope="module")
+def results(place, study):
+    """The study's own scores; re-scoring in the same folder asks nothing twice."""
+    for name in ("model", "random"):
+        suite = study.suite if name == "model" else study.suite[:1]
+        scores.evaluate(dataclasses.replace(study, suite=suite), name, place / name, place / "work")
+    return place / "work"
+
+
+@pytest.fixture(scope="module")
+def truth(study, results):
+    """By benchmark, metric, filter and shots: what the model gives."""
+    claims = [claim(name, 50, model="model") for name in ("arc_easy", "sums")]
+    found = [one for given in claims for one in measured(study, results, given)]
+    return {(one.task, one.metric, one.filter, one.shots): one for one in found}
+
+
+@pytest.fixture(scope="module")
+def guesses(study, results):
+    """The same of the random model, which takes short answers."""
+    found = measured(study, results, claim("arc_easy", 50, model="random"))
+    return {(one.metric, one.shots): one for one in found}
+
+
+def claim(benchmark, value, digits=2, **more):
+    printed = f"{value:.{digits}f}"
+    facts = {"model": "org/model", "source": "card.md:3", "published": benchmark, **more}
+    facts.setdefault("split", "arc.jsonl" if benchmark == "arc_easy" else None)
+    return Claim(
+        benchmark=benchmark, value=float(printed) / 100, printed=printed, percent=True, **facts
+    )
+
+
+def verdict_of(given, place, study, model="model"):
+    """The verdict after as many runs as the claim needs."""
+    found = rescore(given.model, place / model, [given], place / "work", study)
+    readings = found[given.benchmark]
+    return judge(given, readings.measured, readings.why_not)
+
+
+def test_the_fixture_tells_all_confusions_apart(truth, guesses):
+    values = {key[1:]: one.value for key, one in truth.items()}
+    assert guesses["acc", 0].value > guesses["acc_norm", 0].value + 0.1
+    assert values["acc", None, 0] > values["acc", None, 2] + 0.1
+    assert values["exact_match", "flexible-extract", 0] > 0.3
+    assert values["exact_match", "strict-match", 0] == 0
+
+
+def test_an_honest_claim_is_reproduced(place, study, truth):
+    true = 100 * truth["arc_easy", "acc", None, 0].value
+    found = verdict_of(claim("arc_easy", true, metric="acc", shots=0), place, study)
+    assert found.verdict == "reproduced"
+    assert found.grim["possible"]
+    assert found.ours["n"] == ITEMS
+    assert found.ours["value"] == truth["arc_easy", "acc", None, 0].value
+
+
+def test_a_score_raised_by_three_points_is_not_reproduced(place, study, truth):
+    hits = truth["arc_easy", "acc", None, 0].hits + round(0.03 * ITEMS)  # as GRIM lets it through
+    raised = claim("arc_easy", 100 * hits / ITEMS, metric="acc", shots=0)
+    found = verdict_of(raised, place, study)
+    assert found.verdict == "not reproduced"
+    assert found.grim["possible"]
+    assert found.explained_by is None
+    assert found.difference == pytest.approx(0.03, abs=0.004)
+
+
+def test_wrong_shots_are_named(place, study, truth):
+    given = claim("arc_easy", 100 * truth["arc_easy", "acc", None, 0].value, metric="acc", shots=2)
+    found = verdict_of(given, place, study)
+    assert found.verdict == "not reproduced"
+    assert found.explained_by == {"shots": 0}
+    assert "the number is real, but its label is wrong" in found.why
+
+
+def test_acc_norm_called_acc_is_named(place, study, guesses):
+    given = claim("arc_easy", 100 * guesses["acc_norm", 0].value, metric="acc", shots=0)
+    found = verdict_of(dataclasses.replace(given, model="random"), place, study, "random")
+    assert found.verdict == "not reproduced"
+    assert found.explained_by == {"metric": "acc_norm"}
+
+
+def test_flexible_called_strict_is_named(place, study, truth):
+    true = truth["sums", "exact_match", "flexible-extract", 0].value
+    given = claim("sums", 100 * true, metric="exact_match", filter="strict-match", shots=0)
+    found = verdict_of(given, place, study)
+    assert found.verdict == "not reproduced"
+    assert found.explained_by == {"filter": "flexible-extract"}
+
+
+def test_a_fraction_called_a_percentage_is_named(place, study, truth):
+    true = truth["arc_easy", "acc", None, 0].value
+    given = claim("arc_easy", true, digits=4, metric="acc", shots=0)
+    assert given.value < 0.01
+    found = verdict_of(given, place, study)
+    assert found.explained_by == {"scale": "a fraction, not a percentage"}
+    assert found.verdict == "not reproduced"
+
+
+def test_what_the_claim_leaves_open_may_be_as_it_fits(place, study, guesses):
+    given = claim("arc_easy", 100 * guesses["acc_norm", 0].value, model="random")
+    found = verdict_of(given, place, study, "random")
+    assert (found.verdict, found.ours["metric"]) == ("reproduced", "acc_norm")
+    assert {"field": "metric", "claimed": None, "ours": "acc_norm"} in found.protocol
+
+
+def test_an_impossible_number_is_called_so(place, study):
+    found = verdict_of(claim("arc_easy", 37.55, metric="acc", shots=0), place, study)
+    assert found.verdict == "impossible"
+    assert found.grim == {"n": ITEMS, "fits": [], "possible": False}
+    assert "37.50 (60) or 38.12 (61)" in found.why
+
+
+def test_nothing_is_evaluated_in_vain(place, study, truth, tmp_path):
+    true = 100 * truth["arc_easy", "acc", None, 0].value
+    honest = claim("arc_easy", true, metric="acc", shots=0)
+    found = rescore("m", place / "model", [honest], tmp_path, study)["arc_easy"]
+    assert {one.shots for one in found.measured} == {0}
+    false = claim("arc_easy", 12.5, metric="acc", shots=0)
+    found = rescore("m", place / "model", [false], tmp_path, study)["arc_easy"]
+    assert {0, 5, 25} & {one.shots for one in found.measured} >= {0, 5}
+
+
+def test_benchmarks_without_data_are_unverifiable_and_say_what_to_do(place, tmp_path):
+    claims = [claim("sums_of_nothing", 50), claim("swag", 50), claim("average", 50)]
+    found = rescore("m", place / "model", claims, tmp_path)
+    assert list(found) == ["sums_of_nothing", "swag"]
+    unknown = judge(claims[0], (), found["sums_of_nothing"].why_not)
+    assert unknown.verdict == "unverifiable"
+    assert "no task of lm-eval" in unknown.why
+    assert "name it in the study's suite" in unknown.why
+    lacking = judge(claims[1], (), found["swag"].why_not)
+    assert lacking.verdict == "unverifiable"
+    assert "data: FILE or pinned by mergelab lock" in lacking.why
+
+
+def test_a_model_that_cannot_be_loaded_makes_no_verdict(place, study, tmp_path):
+    (tmp_path / "model").mkdir()
+    given = claim("arc_easy", 50)
+    found = rescore("m", tmp_path / "model", [given], tmp_path / "work", study)["arc_easy"]
+    assert found.measured == ()
+    assert judge(given, *dataclasses.astuple(found)).verdict == "unverifiable"
+    assert "config.json" in found.why_not or "safetensors" in found.why_not
+
+
+def test_a_study_is_judged_by_the_scores_that_it_has(study, results, truth, tmp_path):
+    true = 100 * truth["arc_easy", "acc", None, 0].value
+    given = claim("arc_easy", true, digits=1, metric="acc", shots=0, model="model")
+    found = measured(study, results, given)
+    assert {(one.metric, one.shots) for one in found} == {
+        (metric, shots) for metric in ("acc", "acc_norm") for shots in (0, 2)
+    }
+    assert judge(given, found).verdict == "reproduced"
+    assert measured(study, results, claim("arc_easy", 50, model="nobody")) == ()
+    assert measured(study, results, claim("piqa", 50, model="model")) == ()
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/model.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is damaged"):
+        measured(study, tmp_path, given)
+
+
+def test_an_ordering_is_judged_by_the_items_that_both_answered(study, results):
+    mine, theirs = (
+        measured(study, results, claim("arc_easy", 50, model=name)) for name in ("model", "random")
+    )
+    claims = [claim("arc_easy", 40, metric="acc", model=name) for name in ("model", "random")]
+    found = compare_claimed("model", "random", "arc_easy", claims, mine, theirs)
+    assert found["basis"] == "paired items"
+    assert found["claimed"] is False  # 40 and 40
+    gap = (
+        next(o for o in mine if o.metric == "acc").value
+        - next(o for o in theirs if o.metric == "acc").value
+    )
+    assert found["difference"] == pytest.approx(gap)
+    assert found["significant"] is (found["ci95"][0] > 0)
+
+
+def test_a_part_of_the_items_widens_the_interval(place, study, truth):
+    part = dataclasses.replace(study.suite[0], limit=60)
+    fewer = dataclasses.replace(study, suite=(part,))
+    true = 100 * truth["arc_easy", "acc", None, 0].value
+    given = claim("arc_easy", true, digits=0, metric="acc", shots=0, split=None)
+    readings = rescore("m", place / "model", [given], place / "work", fewer)["arc_easy"]
+    assert {(one.n, one.split) for one in readings.measured} == {(60, "arc.jsonl[:60]")}
+    whole = judge(given, readings.measured)
+    same = judge(dataclasses.replace(given, split="arc.jsonl[:60]"), readings.measured)
+    low, high = whole.ours["ci95"]
+    assert high - low > 2 * (same.ours["ci95"][1] - same.ours["ci95"][0])
+    assert whole.verdict in ("reproduced", "consistent")
+    assert "our run saw 60 of" in whole.why or whole.verdict == "reproduced"
+
+
+def test_averages_are_judged_as_the_mean_of_their_rows(place, study, truth):
+    rows = [
+        claim("arc_easy", 100 * truth["arc_easy", "acc", None, 0].value, metric="acc", shots=0),
+        claim("sums", 100 * truth["sums", "exact_match", "flexible-extract", 0].value),
+    ]
+    mean = 100 * sum(row.value for row in rows) / 2
+    average = claim("average", mean)
+    claims = [*rows, average, claim("average", 11, model="other")]
+    assert rows_of(average, claims) == rows
+    verdicts = [verdict_of(row, place, study) for row in rows]
+    assert judge_average(average, rows, verdicts).verdict in ("reproduced", "consistent")
+    wrong = judge_average(claim("average", mean + 3), rows, verdicts)
+    assert wrong.verdict == "unverifiable"
+    assert "Rows are missing, or it is another mean" in wrong.why
+    lie = [dataclasses.replace(rows[0], value=rows[0].value + 0.06), rows[1]]
+    raised = judge_average(claim("average", mean + 3), lie, verdicts)
+    assert raised.verdict == "not reproduced"
+    assert judge_average(average, rows[:1], verdicts[:1]).verdict == "unverifiable"
+
+
+def test_the_noise_of_a_model_is_measured_on_it(place):
+    assert 0.0005 < measure(place / "model") < USUAL
