@@ -457,6 +457,17 @@ def test_a_higher_limit_asks_for_the_new_items_only(model, fresh):
     assert len({key for key, _ in found}) == len(found)
 
 
+def test_the_files_of_answers_do_not_depend_on_how_long_it_took(model, fresh, monkeypatch):
+    bench, kept = Benchmark("nll", "text_nll", "texts/fresh", None, 0), []
+    for seconds in (30.0, 0.0):
+        monkeypatch.setattr("mergelab.answers.EVERY", seconds)
+        run(model, fresh, bench)
+        kept.append({p.name: p.read_bytes() for p in (fresh / "scores/runs").rglob("*.jsonl")})
+        shutil.rmtree(fresh / "scores")
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 1
+
+
 def test_answers_on_disk_are_used_and_not_asked_again(model, fresh):
     bench = Benchmark("nll", "text_nll", "texts/fresh", None, 0)
     run(model, fresh, bench)

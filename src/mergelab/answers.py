@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,15 @@ class Answers:
         self.known: dict[str, Any] = {}
         self.fresh: dict[str, Any] = {}
         self.saved = time.monotonic()
-        for path in sorted(folder.glob("*.jsonl")):
-            self.known |= dict(_entries(path))
+        self.read()
+
+    def read(self) -> list[Path]:
+        """Take in what is on disk; returns its files."""
+        found = sorted(self.folder.glob("*.jsonl"))
+        for path in found:
+            with suppress(FileNotFoundError):  # another process has just joined it to its own
+                self.known |= dict(_entries(path))
+        return found
 
     def add(self, key: str, answer: Any) -> None:
         """Keep an answer, unless it is no finite number; write a file every 30 s."""
@@ -49,9 +57,25 @@ class Answers:
     def save(self) -> None:
         """Write what is not on disk yet, as one file named by its contents."""
         if self.fresh:
-            lines = "".join(canonical(entry) + "\n" for entry in sorted(self.fresh.items()))
-            write_bytes(self.folder / f"{digest(lines)[:16]}.jsonl", lines.encode())
+            self.write(self.fresh)
         self.fresh, self.saved = {}, time.monotonic()
+
+    def join(self) -> None:
+        """Make one file of all, so that what is kept does not depend on how long it took."""
+        self.save()
+        old = self.read()
+        if len(old) > 1:
+            whole = self.write(self.known)
+            for path in old:
+                if path != whole:
+                    path.unlink(missing_ok=True)
+
+    def write(self, answers: Mapping[str, Any]) -> Path:
+        """One file of answers, named by its contents."""
+        lines = "".join(canonical(entry) + "\n" for entry in sorted(answers.items()))
+        path = self.folder / f"{digest(lines)[:16]}.jsonl"
+        write_bytes(path, lines.encode())
+        return path
 
 
 def request_key(kind: str, arguments: Sequence[Any]) -> str:

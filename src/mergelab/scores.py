@@ -68,6 +68,7 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
             runs = _run(checkpoint, variant, works, answers)
         finally:
             answers.save()
+        answers.join()
     content = score_table.encode(score_table.shared([row for run in runs for row in run.rows]))
     whole = score_table.decode(content)
     benchmarks = {bench.name: _summary(bench, runs, whole) for bench in study.suite}

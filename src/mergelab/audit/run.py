@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,8 @@ from mergelab.audit.of_study import FOLDER, of_study
 from mergelab.audit.target import Target, read_target
 from mergelab.record import file_entries, write_bytes, write_json
 from mergelab.study import Study
+
+MOST_ROWS = 30  # printed
 
 __all__ = ["FOLDER", "Options", "audit", "record", "show"]
 
@@ -66,11 +69,14 @@ def record(study: Study, out: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show(data: Mapping[str, Any]) -> None:
-    """Print the verdict table."""
+    """Print the verdict table; of a long one, what is wrong or doubtful."""
     out = Console(highlight=False)
     out.print(f"\n{summary.sentence(data)}\n", markup=False)
     table = Table("", "of", "about", "verdict", "why", box=None, pad_edge=False)
-    for row in data["verdicts"]:
+    rows = data["verdicts"]
+    if len(rows) > MOST_ROWS:
+        rows = [row for row in rows if row["level"] in ("bad", "warn")][:MOST_ROWS]
+    for row in rows:
         cells = (
             summary.MARKS[row["level"]],
             row["subject"],
@@ -80,6 +86,9 @@ def show(data: Mapping[str, Any]) -> None:
         )
         table.add_row(*(Text(cell) for cell in cells), style=summary.STYLES[row["level"]])
     out.print(table)
+    if rest := Counter(row["level"] for row in data["verdicts"] if row not in rows):
+        marks = ", ".join(f"{rest[level]} {summary.MARKS[level]}" for level in rest)
+        out.print(f"\nNot shown here: {marks}", markup=False)
 
 
 def _commands(
