@@ -93,8 +93,8 @@ def score(study: Study, name: str, folder: Path, place: Path, run: str) -> Score
         scores.evaluate(study, name, folder, results)
     finally:
         inference.batch_size = usual
-    asked = [about(name, bench.name, 0.5, 1) for bench in study.suite]
-    return {(one.task, one.metric): one for a in asked for one in measured(study, results, a)}
+    each = [measured(study, results, name, bench.name) for bench in study.suite]
+    return {(one.task, one.metric): one for found in each for one in found}
 
 
 def about(model: str, task: str, value: float, digits: int, **more: Any) -> Claim:

@@ -387,6 +387,44 @@ def test_a_deleted_parent_is_unverifiable_and_still_known_by_its_reports(server)
     assert tainted(found) == {TRINITY: ((TRINITY, "a/child"), 0.5)}
 
 
+@pytest.mark.parametrize("way", ["{}@main", "https://huggingface.co/{}"])
+def test_a_deleted_parent_is_known_by_its_reports_however_it_is_written(server, way):
+    written = way.format(TRINITY)
+    put(server, "a/child", front(base_model=written))
+    assert tainted(ancestry("a/child")) == {written: ((written, "a/child"), 1.0)}
+
+
+def test_of_a_method_that_nobody_knows_any_share_is_possible_of_the_base_too(server):
+    card = linear("a/up", "a/other").replace("linear", "new_method\nbase_model: a/base")
+    put(server, "a/child", card)
+    whole = ("merge", 1.0, False)
+    known = {"a/up": whole, "a/other": whole, "a/base": ("base", 1.0, False)}
+    assert parents(ancestry("a/child"), "a/child") == known
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shares"),
+    [
+        ("merge_method: slerp\nparameters: {t: 1.5}", (0.5, 1.5)),
+        ("merge_method: slerp\nparameters: {t: -0.5}", (1.5, 0.5)),
+        ("merge_method: linear\nparameters: {weight: [-1, 1]}", (0.5, 0.5)),
+    ],
+)
+def test_a_share_below_zero_is_a_share(server, recipe, shares):
+    models = "base_model: a/up\nmodels: [{model: a/up}, {model: a/other}]"
+    put(server, "a/child", f"```yaml\n{recipe}\n{models}\n```\n")
+    found = parents(ancestry("a/child"), "a/child")
+    assert (found["a/up"][1], found["a/other"][1]) == shares
+
+
+def test_the_base_of_a_slice_is_an_ancestor(server):
+    models = "{model: a/up, layer_range: [0, 4]}"
+    slices = f"slices: [{{base_model: a/base, sources: [{models}, {{model: a/base}}]}}]"
+    put(server, "a/child", f"```yaml\nmerge_method: ties\n{slices}\n```\n")
+    known = {"a/up": ("merge", 1.0, True), "a/base": ("base", 1.0, True)}
+    assert parents(ancestry("a/child"), "a/child") == known
+
+
 def test_of_a_gated_parent_the_front_matter_is_known(server):
     server.publish(
         "a/gated",
@@ -411,6 +449,9 @@ def test_a_target_that_is_not_there_and_a_hub_that_fails_are_errors(server):
         ancestry("a/child@nope")
     with pytest.raises(UserError, match="is no date"):
         ancestry("a/child", as_of="yesterday")
+    server.publish("a/far", {"README.md": b""}, date="9999-12-31T23:59:59-14:00")
+    with pytest.raises(UserError, match="does not answer like a hub"):
+        ancestry("a/far")
     server.status = 503
     with pytest.raises(UserError, match="HTTP 503"):
         ancestry("a/child")
@@ -426,7 +467,18 @@ def test_circles_and_models_that_name_themselves_end(server):
     assert set(found.nodes) == {"a/one", "a/two"}
     assert parents(found, "a/one") == {"a/two": ("merge", 0.5, True)}
     assert "a/one: names itself as a parent" in found.notes
-    assert verdict(found) == "no known taint"
+    assert verdict(found) == "unverifiable: nothing is declared of a/one, a/two"
+
+
+def test_whoever_names_itself_or_its_own_descendant_has_declared_nothing(server):
+    put(server, "a/self", front(base_model="a/self"))
+    assert verdict(ancestry("a/self")) == "unverifiable: nothing is declared of a/self"
+    put(server, "a/above", front(base_model="a/below"))
+    put(server, "a/below", front(base_model="a/above"))
+    put(server, "a/child", linear("a/below", "mistralai/Mistral-7B-v0.1"), day="2024-02-01")
+    put(server, "mistralai/Mistral-7B-v0.1")
+    told = verdict(ancestry("a/child"))
+    assert told == "unverifiable: nothing is declared of a/below, a/above"
 
 
 def test_a_merge_of_a_model_with_itself_has_one_parent(server):
@@ -581,6 +633,13 @@ def test_folders_that_name_each_other_end(server, tmp_path):
     found = ancestry("merged/one", depth=3)
     assert len(found.nodes) == 5
     assert "more than 3 generations up" in found.notes[-1]
+
+
+def test_a_folder_may_name_what_no_file_can_be_called(server, tmp_path):
+    (tmp_path / "here").mkdir()
+    recipe = f"merge_method: passthrough\nmodels: [{{model: 'recipe:{'Ж' * 190}'}}]\n"
+    (tmp_path / "here/mergekit_config.yml").write_text(recipe, encoding="utf-8")
+    assert verdict(ancestry("here")).startswith("unverifiable: nothing is declared of recipe:ЖЖ")
 
 
 def test_a_downloaded_model_is_the_hub_model_at_its_commit(server, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 from loopback_hub import LoopbackHub
 from safetensors.numpy import save
 
-from mergelab import hub, hub_errors
+from mergelab import hub, hub_cards, hub_errors
 from mergelab.errors import UserError
 from mergelab.study import load_study
 
@@ -502,6 +502,13 @@ def test_a_server_that_is_no_hub_is_named(odd, body):
     url = os.environ["HF_ENDPOINT"]
     text = f"acme/odd: {url} does not answer like a hub. Check HF_ENDPOINT."
     assert message(f"acme/odd@{COMMIT}") == text
+
+
+@pytest.mark.parametrize("more", [{"id": 5}, {"lastModified": "0001-01-01T00:00:00+14:00"}])
+def test_the_page_of_a_model_is_what_a_hub_says(odd, more):
+    odd.body = json.dumps({**GOOD, **more}).encode()
+    with pytest.raises(UserError, match="does not answer like a hub"):
+        hub_cards.page("acme/odd", COMMIT)
 
 
 def test_lock_tells_of_a_server_that_is_no_hub_and_writes_nothing(odd):

@@ -309,6 +309,6 @@ def judged(study: Study, found: dict[str, dict[str, float]]) -> dict[str, list[s
     results = Path("results/meditron")
     verdicts: dict[str, list[str]] = {}
     for claim, (*_, kind) in zip(load_claims(study.folder).claims, listed, strict=True):
-        verdict = judge(claim, measured(study, results, claim)).verdict
+        verdict = judge(claim, measured(study, results, claim.model, claim.benchmark)).verdict
         verdicts.setdefault(kind, []).append(verdict)
     return verdicts

@@ -292,6 +292,38 @@ def test_two_models_of_a_study_may_be_one_hub_model(server):
     assert len(refusal(made).splitlines()) == 2
 
 
+def test_a_circle_hides_no_merge_whichever_model_comes_first(server):
+    merge = "merge_method: linear\nmodels: [{model: a/tune}, {model: a/other}]\n"
+    cards = {"a/merge": f"```yaml\n{merge}```\n", "a/tune": "---\nbase_model: a/merge\n---\n"}
+    for repo, card in cards.items():
+        server.publish(repo, {"README.md": card.encode()}, date="2024-01-01T12:00:00.000Z")
+        weighty(server, repo)
+    for names in (["a/merge", "a/tune"], ["a/tune", "a/merge"]):
+        rules = {"allow_merged_parents": False}
+        made = study(rules, {name[2:]: name for name in names}, half=["tune"])
+        lock(made)
+        assert "its parent 'tune' (a/tune) is a merge or comes from one" in refusal(made)
+
+
+def test_a_name_on_a_card_is_not_the_model_that_the_study_calls_so(server):
+    card = b"---\nbase_model: math\n---\n"
+    server.publish("a/child", {"README.md": card}, date="2024-01-01T12:00:00.000Z")
+    weighty(server, "a/child")
+    made = study(DENY, {"math": TRINITY, "child": "a/child"}, half=["child"])
+    lock(made)
+    assert policy.check(made) == [
+        "recipes/x/half.yaml: nothing is declared of math (of a card), in the lineage of 'child' "
+        "(a/child): it is unverifiable, not clean"
+    ]
+
+
+def test_one_commit_may_be_named_in_two_ways(server):
+    models = {"one": LEO, "two": f"{LEO}@main", "base": BASE}
+    made = study(DENY, models, half=["one", "two"])
+    lock(made)
+    assert len(refusal(made).splitlines()) == 2
+
+
 def test_a_benchmark_that_nothing_is_reported_of_may_be_a_slip_of_the_pen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = study({"deny_taint": ["truthfullqa"]}, {})

@@ -748,6 +748,8 @@ def test_a_study_that_was_audited_begins_with_its_verdicts(tmp_path: Path) -> No
     audit = sample_audit.sample()
     (results / "audit").mkdir()
     (results / "audit/audit.json").write_text(json.dumps(audit))
+    assert report.gather(study, results)["audit"] is None  # nothing is claimed (any more)
+    (study.folder / "claims.yaml").write_text("claims: []\n")
     data = report.gather(study, results)
     assert data["audit"]["verdicts"] == audit["verdicts"]
     html = report.page.render(data)

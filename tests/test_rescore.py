@@ -4,16 +4,20 @@ import dataclasses
 import json
 import logging
 import random
+import shutil
 
 import pytest
 from tiny import teach, tiny_model, tiny_study
 
 from mergelab import scores
 from mergelab.audit.averages import compare_claimed, judge_average, rows_of
+from mergelab.audit.judged import compared
 from mergelab.audit.noise import USUAL, measure
-from mergelab.audit.rescore import measured, rescore
+from mergelab.audit.rescore import MOST_RUNS, Readings, measured, rescore
+from mergelab.audit.target import Target
 from mergelab.audit.verdicts import judge
 from mergelab.claims.base import Claim
+from mergelab.claims.file import Comparison
 from mergelab.errors import UserError
 from mergelab.study import Benchmark, Model
 
@@ -110,15 +114,15 @@ def results(place, study):
 @pytest.fixture(scope="module")
 def truth(study, results):
     """By benchmark, metric, filter and shots: what the model gives."""
-    claims = [claim(name, 50, model="model") for name in ("arc_easy", "sums")]
-    found = [one for given in claims for one in measured(study, results, given)]
+    names = ("arc_easy", "sums")
+    found = [one for name in names for one in measured(study, results, "model", name)]
     return {(one.task, one.metric, one.filter, one.shots): one for one in found}
 
 
 @pytest.fixture(scope="module")
 def guesses(study, results):
     """The same of the random model, which takes short answers."""
-    found = measured(study, results, claim("arc_easy", 50, model="random"))
+    found = measured(study, results, "random", "arc_easy")
     return {(one.metric, one.shots): one for one in found}
 
 
@@ -246,23 +250,21 @@ def test_a_model_that_cannot_be_loaded_makes_no_verdict(place, study, tmp_path):
 def test_a_study_is_judged_by_the_scores_that_it_has(study, results, truth, tmp_path):
     true = 100 * truth["arc_easy", "acc", None, 0].value
     given = claim("arc_easy", true, digits=1, metric="acc", shots=0, model="model")
-    found = measured(study, results, given)
+    found = measured(study, results, "model", "arc_easy")
     assert {(one.metric, one.shots) for one in found} == {
         (metric, shots) for metric in ("acc", "acc_norm") for shots in (0, 2)
     }
     assert judge(given, found).verdict == "reproduced"
-    assert measured(study, results, claim("arc_easy", 50, model="nobody")) == ()
-    assert measured(study, results, claim("piqa", 50, model="model")) == ()
+    assert measured(study, results, "nobody", "arc_easy") == ()
+    assert measured(study, results, "model", "piqa") == ()
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores/model.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is damaged"):
-        measured(study, tmp_path, given)
+        measured(study, tmp_path, "model", "arc_easy")
 
 
 def test_an_ordering_is_judged_by_the_items_that_both_answered(study, results):
-    mine, theirs = (
-        measured(study, results, claim("arc_easy", 50, model=name)) for name in ("model", "random")
-    )
+    mine, theirs = (measured(study, results, name, "arc_easy") for name in ("model", "random"))
     claims = [claim("arc_easy", 40, metric="acc", model=name) for name in ("model", "random")]
     found = compare_claimed("model", "random", "arc_easy", claims, mine, theirs)
     assert found["basis"] == "paired items"
@@ -273,6 +275,30 @@ def test_an_ordering_is_judged_by_the_items_that_both_answered(study, results):
     )
     assert found["difference"] == pytest.approx(gap)
     assert found["significant"] is (found["ci95"][0] > 0)
+
+
+def test_an_ordering_needs_no_published_figures_and_knows_where_less_is_better(study, results):
+    def look(model, benchmark):
+        found = measured(study, results, model, benchmark)
+        return Readings(tuple(dataclasses.replace(one, higher_is_better=more) for one in found))
+
+    orders = (Comparison("model", "random", "arc_easy"), Comparison("random", "model", "arc_easy"))
+    target = Target("study", "Tiny", "tiny", (), comparisons=orders, study=study)
+    more = True
+    higher, reverse = compared(target, (), look)
+    assert (higher["basis"], higher["claimed"]) == ("paired items", True)
+    assert higher["difference"] == -reverse["difference"] != 0
+    more = False
+    lower, _ = compared(target, (), look)
+    assert lower["difference"] == reverse["difference"]
+    assert "less is better" in lower["why"]
+
+
+def test_claims_with_ever_other_shots_are_not_all_run(place, study):
+    claims = [claim("arc_easy", 50, metric="acc", shots=shots) for shots in range(10)]
+    found = rescore("m", place / "model", claims, place / "work", study)["arc_easy"]
+    assert {one.shots for one in found.measured} <= {*range(MOST_RUNS), 5, 25}
+    assert judge(claims[-1], found.measured).verdict == "unverifiable"
 
 
 def test_a_part_of_the_items_widens_the_interval(place, study, truth):
@@ -312,3 +338,13 @@ def test_averages_are_judged_as_the_mean_of_their_rows(place, study, truth):
 
 def test_the_noise_of_a_model_is_measured_on_it(place):
     assert 0.0005 < measure(place / "model") < USUAL
+
+
+def test_a_model_whose_numbers_overflow_has_the_usual_noise(place, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(place / "random", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.norm.weight"] *= 3e38
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    assert measure(tmp_path / "model") == USUAL

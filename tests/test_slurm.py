@@ -52,7 +52,8 @@ models:
   base: {path: ../../base}
 """
 SNAKEMAKE = """\
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from snakemake.cli import main
 from snakemake_executor_plugin_slurm import Executor
 # Between two looks at the jobs the plugin pauses 10 s longer each time; that is too long for tests.

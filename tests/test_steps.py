@@ -97,6 +97,26 @@ def test_items_reach_whatever_reads_them(folder: Path) -> None:
     assert changed(folder, before) == {"data-d", "train-taught"} | after(*models)
 
 
+def test_claims_reach_the_audit_with_their_sources_and_rules_but_not_their_lines(
+    folder: Path,
+) -> None:
+    text = "title: t\nclaims: [{model: a, benchmark: arc_easy, value: '61.5'%s}]\n"
+    (folder / "claims.yaml").write_text(text % "")
+    before, page = keys(folder), {"audit-mine", "report-mine"}
+    (folder / "claims.yaml").write_text("# a word\n" + text % "")
+    assert changed(folder, before) == set()
+    (folder / "claims.yaml").write_text(text % ", source: 'https://example.org/a'")
+    assert changed(folder, before) == page
+    before = keys(folder)
+    (folder / "claims.yaml").write_text(text % ", source: 'https://example.org/b'")
+    assert changed(folder, before) == page
+    before = keys(folder)
+    (folder / "study.yaml").write_text(STUDY + "policy: {max_merge_depth: 2}\n")
+    assert changed(folder, before) == page
+    (folder / "claims.yaml").unlink()
+    assert ("audit", "mine") not in keys(folder)
+
+
 def test_recipes_that_use_each_other_are_refused(folder: Path) -> None:
     (folder / "one.yaml").write_text(LINEAR % "recipe:two")
     with pytest.raises(UserError, match="use each other in a circle: one > two > one"):

@@ -104,6 +104,18 @@ def test_grim_is_silent_where_items_are_not_right_or_wrong():
     assert judge(claim("46.79", rescaled=True), []).grim is None
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"split": "validation"}, {"split": "test[:100]"}, {"metric": "f1"}, {"metric": "mcc,none"}],
+)
+def test_grim_does_not_accuse_what_is_about_other_items_or_no_count(more):
+    assert judge(claim("64.21", **more), []).grim is None
+    assert judge(claim("64.21", **{"metric": "acc", **more}), [measured(548)]).grim is None
+    assert judge(claim("64.21", "hellaswag", split="test"), []).grim is None
+    assert judge(claim("64.21", split="test"), []).verdict == "impossible"
+    assert judge(claim("64.21", "hellaswag", split="validation"), []).grim["possible"]
+
+
 def test_acc_norm_called_acc_and_wrong_shots_are_named_together():
     found = judge(
         claim("46.76", metric="acc", shots=0),
@@ -234,6 +246,15 @@ def test_an_average_is_the_mean_of_its_rows():
     assert "not measured" in judge_average(given, raised, missing).why
 
 
+def test_an_average_of_rows_that_cannot_be_run_as_claimed_is_no_accusation():
+    given, rows, verdicts = averaged([0.4, 0.5, 0.6], "53.00")
+    raised = [replace(row, value=row.value + 0.03) for row in rows]
+    verdicts[1] = replace(verdicts[1], verdict=UNVERIFIABLE)
+    found = judge_average(given, raised, verdicts)
+    assert found.verdict == "unverifiable"
+    assert "ARC: not measured as claimed" in found.why
+
+
 def test_orderings_by_published_figures_are_tested_as_unpaired():
     table = {"lerp": "58.66", "slerp": "58.67", "chat": "55.40"}
     claims = [claim(value, "hellaswag", model=name) for name, value in table.items()]
@@ -251,6 +272,23 @@ def test_orderings_by_published_figures_are_tested_as_unpaired():
     nothing = compare_claimed("slerp", "other", "hellaswag", claims)
     assert (nothing["difference"], nothing["p"]) == (None, None)
     assert compare_claimed("a", "b", "x", [claim("1", "x", model=m) for m in "ab"])["p"] is None
+
+
+def test_published_figures_stand_for_whole_test_sets_and_shares_of_items():
+    claims = [claim("58.67", "arc_challenge", model=name) for name in "ab"]
+    part = measured(30, n=50, size=N, split="test[:50]")
+    whole = compare_claimed("a", "b", "arc_challenge", claims)
+    assert compare_claimed("a", "b", "arc_challenge", claims, [part], [part]) == whole
+    assert "1,172 items" in whole["why"]
+    rescaled = [replace(one, rescaled=True) for one in claims]
+    assert compare_claimed("a", "b", "arc_challenge", rescaled)["p"] is None
+
+
+def test_of_losses_the_smaller_is_better():
+    facts = {"metric": "bits_per_byte", "percent": False}
+    claims = [claim(v, "text", model=name, **facts) for name, v in (("a", "1.94"), ("b", "1.81"))]
+    assert compare_claimed("a", "b", "text", claims)["claimed"] is False
+    assert compare_claimed("b", "a", "text", claims)["claimed"] is True
 
 
 def test_noise_flips_ties_and_nothing_else():

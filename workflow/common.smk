@@ -96,6 +96,7 @@ def pages():
         )
         for name, (of, text) in PAGES.items()
         if (RESULTS / name).is_file()
+        and (of != "audit" or ("audit", STUDY.name) in STEPS)
     ]
 
 

@@ -72,17 +72,30 @@ class Ancestry:
 def graph_of(nodes: Mapping[str, Ancestor], edges: Iterable[Edge]) -> Graph:
     """The graph of what was found, in the order in which it was found; data sets come last.
 
-    A model that is known as trained from nothing need not declare anything."""
+    A model that is known as trained from nothing need not declare anything; models that descend
+    from themselves have not said what they were made from."""
     bases, drawn, lines = taint.bases(), [], tuple(edges)
+    circle = _circling(lines)
     for name, one in nodes.items():
         base = not one.complete and one.repo.casefold() in bases and not one.missing
         kind = "outside" if one.missing else "base" if base else "expert"
         kind = "merge" if one.method is not None else kind
         origin = one.missing or ("hub" if one.commit else "local folder")
-        drawn.append(Node(name, kind, origin, base or one.complete))
+        declared = base or (one.complete and name not in circle)
+        drawn.append(Node(name, kind, origin, declared))
     sets = dict.fromkeys(edge.parent for edge in lines if edge.parent not in nodes)
     drawn += [Node(name, "dataset", "hub") for name in sets]
     return Graph(tuple(drawn), lines)
+
+
+def _circling(edges: tuple[Edge, ...]) -> set[str]:
+    """Models on a circle of parents, or between two: those with neither beginning nor end."""
+    while True:
+        children, parents = {edge.child for edge in edges}, {edge.parent for edge in edges}
+        left = tuple(e for e in edges if e.parent in children and e.child in parents)
+        if left == edges:
+            return children
+        edges = left
 
 
 def reports(ancestry: Ancestry) -> list[Source]:

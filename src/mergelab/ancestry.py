@@ -93,6 +93,7 @@ class _Walk:
             child = wanted.edge.child
             if parent == child:
                 self.note(child, "names itself as a parent")
+                self.nodes[child] = replace(self.nodes[child], complete=False)
                 continue
             key = (parent, child, wanted.edge.kind)
             old = self.edges.get(key, replace(wanted.edge, parent=parent, weight=0.0))
@@ -121,7 +122,7 @@ class _Walk:
                 if why is None:
                     raise
                 self.lacking[key] = why
-        return self.absent(name, self.lacking[key], depth)
+        return self.absent(name, self.lacking[key], depth, repo)
 
     def limit(self, depth: int) -> str:
         """Which limit keeps us from looking any further, in words, or nothing."""
@@ -216,12 +217,13 @@ class _Walk:
         self.waiting += [_Wanted(edge, when, depth + 1, home) for edge in origin.parents]
         return name
 
-    def absent(self, name: str, why: str, depth: int) -> str:
-        """A node of which nothing is known but the name (unless a model of that name was found)."""
+    def absent(self, name: str, why: str, depth: int, repo: str = "") -> str:
+        """A node of which nothing is known but the name (unless a model of that name was found),
+        and the repository that it means, if it means one."""
         if name not in self.nodes and len(self.nodes) >= MAX_NODES:
             name, why = FURTHER, f"not told apart: the trace ended after {MAX_NODES} names"
         if name not in self.nodes:
-            self.nodes[name] = Ancestor(name, missing=why, depth=depth)
+            self.nodes[name] = Ancestor(repo or name, missing=why, depth=depth)
             self.note(name, why)
         return name
 
@@ -247,5 +249,5 @@ def beside(name: str, home: Path) -> Path | None:
     places = [home.parent / other] if other != name else []
     if re.fullmatch(r"[\w.-]+", name) and not name.startswith("."):
         places.append(home.parent.parent / "models" / name)
-    found = next((place for place in places if place.is_dir()), None) or locate.local(name)
-    return found if found and found.is_dir() else None
+    each = (locate.local(str(place)) for place in (*places, name))
+    return next((found for found in each if found and found.is_dir()), None)

@@ -281,7 +281,11 @@ def audit(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder of the audit; default: in results/audits."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder of the audit; of a study, of its results. Default: in results.",
+        ),
     ] = None,
     file: JsonFile = None,
     workers: Workers = 1,
@@ -301,7 +305,8 @@ def audit(
         if name not in ("weights", "scores"):
             raise UserError(f"--skip {name}: what can be left out is: weights, scores.")
     names = (*(candidates or ()), *(more or ()))
-    study = read_target(target).study if (Path(target) / "study.yaml").is_file() else None
+    asked = read_target(target, base, names)
+    study = asked.study if asked.kind == "study" else None
     place = out or results / (study.name if study else f"audits/{_slug(target)}")
     if study:
         _still_asked(record, study.folder, "audit", study.name)

@@ -69,8 +69,12 @@ def moment(text: str) -> datetime:
 
 
 def _time(text: str) -> datetime:
+    """A time in UTC; raises ValueError."""
     value = datetime.fromisoformat(text)
-    return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+    try:
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+    except OverflowError:  # at the ends of the calendar
+        raise ValueError(text) from None
 
 
 def iso(value: datetime) -> str:
@@ -132,7 +136,8 @@ def page(repo: str, revision: str) -> Page:
     except STRANGE:
         raise _no_hub(repo) from None
     asked = revision if COMMIT.match(revision) else commit
-    if not NAME.match(str(name)) or not COMMIT.match(str(commit)) or commit != asked:
+    good = isinstance(name, str) and isinstance(commit, str) and commit == asked
+    if not good or not NAME.match(name) or not COMMIT.match(commit):
         raise _no_hub(repo)
     read = _Reader(name, commit, sizes)
     card, adapter = read.text(CARD), read.text(ADAPTER)

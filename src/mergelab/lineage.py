@@ -155,7 +155,7 @@ def merge_edges(
 def _named_edges(child: str, recipe: Mapping[str, Any]) -> list[Edge]:
     """The edges of a merge, their parents named as in the recipe."""
     method = METHODS.get(str(recipe.get("merge_method")))
-    from_base = method is not None and method.base in ("needed", "optional")
+    from_base = method is None or method.base in ("needed", "optional")
     base = spelled(recipe["base_model"]) if recipe.get("base_model") else None
     modules = (recipe.get("modules") or {"": recipe}).values()
     parts = [
@@ -168,18 +168,21 @@ def _named_edges(child: str, recipe: Mapping[str, Any]) -> list[Edge]:
     ]
     layers = [_layers(part["sources"]) for part in parts]
     edges: dict[str, Edge] = {}
+    starts = [base]
     for part, count in zip(parts, layers, strict=True):
         common = {**(recipe.get("parameters") or {}), **(part.get("parameters") or {})}
         sources = [(spelled(s.get("model")), s) for s in part["sources"]]
         own = spelled(part["base_model"]) if part.get("base_model") else base
         if from_base:
+            starts.append(own)
             sources = [(name, source) for name, source in sources if name != own]
         for parent, weight, exact in _shares(method, own, sources, common):
             old = edges.get(parent, Edge(parent, child, "merge", 0.0))
             share = old.weight + weight * count / sum(layers)
             edges[parent] = Edge(parent, child, "merge", share, old.exact and exact)
-    if base is not None and from_base and base not in edges:
-        edges[base] = Edge(base, child, "base", 1.0)
+    for start in starts if from_base else ():
+        if start is not None and start not in edges:
+            edges[start] = Edge(start, child, "base", 1.0, method is not None)
     return [edge for edge in edges.values() if edge.weight > 0]
 
 
@@ -189,24 +192,27 @@ def _shares(
     sources: Sequence[tuple[str, Mapping[str, Any]]],
     common: Mapping[str, Any],
 ) -> list[tuple[str, float, bool]]:
-    """(parent, effective weight, exact) of the sources of one slice."""
+    """(parent, effective weight, exact) of the sources of one slice; of an unknown method any
+    share is possible."""
+    if method is None:
+        return [(name, 1.0, False) for name, _ in sources]
 
     def default(name: str) -> Any:
-        parameter = method.parameter(name) if method else None
+        parameter = method.parameter(name)
         return parameter.default if parameter else None
 
     def mean(values: Mapping[str, Any], name: str) -> tuple[float, bool]:
         return _mean(values.get(name, default(name)), 1.0)
 
-    if method and method.name == "slerp":
+    if method.name == "slerp":
         t, exact = mean(common, "t")
-        return [(str(base), 1 - t, exact), *((name, t, exact) for name, _ in sources)]
+        return [(str(base), abs(1 - t), exact), *((name, abs(t), exact) for name, _ in sources)]
     own = [{**common, **(source.get("parameters") or {})} for _, source in sources]
     weights = [mean(values, "weight") for values in own]
     scale = mean(common, "lambda")[0]
     total = sum(abs(weight) for weight, _ in weights)
     normalized = common.get("normalize", default("normalize"))
-    if method and method.name in AVERAGES:
+    if method.name in AVERAGES:
         normalized = common.get("normalize_weights", True)
     if normalized and total > 0:
         scale /= total
@@ -275,12 +281,13 @@ def _layers(sources: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _mean(value: Any, default: float) -> tuple[float, bool]:
-    """One number for a scalar, a gradient or a list of filters, and whether it is exact."""
+    """One number for a scalar, and whether it is exact; for a gradient or a list of filters the
+    mean size, for what has both signs is not absent."""
     if isinstance(value, Mapping):
         return _mean(value.get("value"), default)
     if isinstance(value, list) and value:
         parts = [_mean(part, default) for part in value]
         exact = len(parts) == 1 and parts[0][1]
-        return sum(number for number, _ in parts) / len(parts), exact
+        return sum(abs(number) for number, _ in parts) / len(parts), exact
     number = as_number(value)
     return (default, value is None) if number is None else (number, True)

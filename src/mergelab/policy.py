@@ -28,9 +28,9 @@ def tracing(study: Study) -> Callable[[Mapping[str, Any]], dict[str, Any]] | Non
     a policy. Asks the hub."""
 
     def trace(models: Mapping[str, Any]) -> dict[str, Any]:
-        pins = {f"{hub.split(name)[0]}@{one['commit']}": name for name, one in models.items()}
-        found = ancestries(pins)
-        targets = {name: found.targets[pin] for pin, name in pins.items()}
+        pins = {name: f"{hub.split(name)[0]}@{one['commit']}" for name, one in models.items()}
+        found = ancestries(pins.values())
+        targets = {name: found.targets[pin] for name, pin in pins.items()}
         return {SECTION: locked(replace(found, targets=targets))}
 
     return trace if study.policy.asks else None
@@ -88,7 +88,7 @@ def whole(study: Study) -> tuple[Graph, list[Source]]:
     own = lineage.graph(study, texts)
     if not wanted:
         return own, taint.study_sources(study, own)
-    known = _kept(study, [hub_id for hub_id, _ in wanted])
+    known = _apart(_kept(study, [hub_id for hub_id, _ in wanted]), own)
     nodes = {node.name: node for node in (*own.nodes, *known.graph.nodes)}
     copies = []
     for hub_id, name in wanted:
@@ -99,6 +99,22 @@ def whole(study: Study) -> tuple[Graph, list[Source]]:
     graph = Graph(tuple(nodes.values()), (*own.edges, *known.graph.edges, *copies))
     sources = [*taint.study_sources(study, graph), *reports(known)]
     return graph, list(dict.fromkeys(sources))
+
+
+def _apart(known: Ancestry, own: Graph) -> Ancestry:
+    """The hub's lineage, where what a card happens to call like a model of the study is another."""
+    taken = {node.name for node in own.nodes} - set(known.targets.values())
+
+    def name(text: str) -> str:
+        return f"{text} (of a card)" if text in taken else text
+
+    nodes = tuple(replace(node, name=name(node.name)) for node in known.graph.nodes)
+    edges = tuple(
+        replace(edge, parent=name(edge.parent), child=name(edge.child))
+        for edge in known.graph.edges
+    )
+    found = {name(text): one for text, one in known.nodes.items()}
+    return replace(known, graph=Graph(nodes, edges), nodes=found)
 
 
 def _kept(study: Study, wanted: Iterable[str]) -> Ancestry:
@@ -138,7 +154,6 @@ class _Judge:
         self.graph, sources = whole(study)
         self.taints = taint.trace(self.graph, sources)
         self.unknown = taint.unknown(self.graph)
-        self.chains = _chains(self.graph)
         self.notes: list[str] = []
         known = {source.benchmark for source in taint.flags()}
         known |= {one.benchmark for one in study.contamination}
@@ -156,12 +171,12 @@ class _Judge:
 
     def of_merge(self, merge: str) -> Iterator[tuple[str, str]]:
         """(rule, why) of one merge."""
-        deepest, most = self.chains[merge], self.policy.max_merge_depth
+        deepest, most = _chain(self.graph, merge), self.policy.max_merge_depth
         if most is not None and deepest.merges > most:
             path = " > ".join(deepest.path)
             yield f"max_merge_depth: {most}", f"it would be merged {deepest.merges} deep: {path}"
         for parent in dict.fromkeys(e.parent for e in self.graph.edges if e.child == merge):
-            above, model = self.chains[parent], self.study.models.get(parent)
+            above, model = _chain(self.graph, parent), self.study.models.get(parent)
             named = f"'{parent}' ({model.hub})" if model and model.hub else f"'{parent}'"
             if not self.policy.allow_merged_parents and above.merges:
                 path = f" ({' > '.join(above.path)})" if above.path[1:] else ""
@@ -200,8 +215,10 @@ def _told(one: Taint) -> str:
     return f"{' > '.join(way.path)}{left}; {one.source.evidence}; {one.source.source}"
 
 
-def _chains(graph: Graph) -> dict[str, _Chain]:
-    """For each node the longest way up through merges; no way goes round a circle."""
+def _chain(graph: Graph, start: str) -> _Chain:
+    """The longest way up from a node through merges; no way goes round a circle.
+
+    What is known of a node on a circle depends on where one began, so each start begins anew."""
     above: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
     for edge in graph.edges:
         above[edge.child].append(edge.parent)
@@ -219,6 +236,4 @@ def _chains(graph: Graph) -> dict[str, _Chain]:
             found[name] = _Chain(count, (*best.path, name) if count else ())
         return found[name]
 
-    for name in above:
-        climb(name)
-    return found
+    return climb(start)

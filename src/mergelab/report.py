@@ -19,7 +19,7 @@ from mergelab import comparison, contamination, headlines, lineage, page, proven
 from mergelab.audit import summary
 from mergelab.detectors import FLAG_Q
 from mergelab.record import file_sha256, read_json, write_bytes, write_json
-from mergelab.study import Study
+from mergelab.study import CLAIMS, Study
 
 VERSION = 4  # of the page: figures, headlines, tables and template included
 
@@ -177,7 +177,9 @@ def contamination_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _audit(study: Study, results: Path) -> dict[str, Any] | None:
-    """The verdicts of the study's audit and its sentence; None if it was not audited."""
+    """The verdicts of the study's audit and its sentence; None if none is asked for, or made."""
+    if not (study.folder / CLAIMS).is_file():
+        return None  # one of older claims, or made by hand: no step of the study
     found = read_json(results / "audit/audit.json", f"mergelab audit recipes/{study.name}", AUDIT)
     if found is None:
         return None

@@ -16,6 +16,11 @@ from mergelab.progress import size
 out = Console(highlight=False)
 
 
+def printable(text: str) -> str:
+    """A stranger's text without what steers a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def plan(description: dict[str, Any], costs: dict[str, Any]) -> None:
     """Print a plan (`plan.describe`), its costs (`estimate.costs`) and what applies to what."""
     out.print(f"[bold]{description['method']}[/]")

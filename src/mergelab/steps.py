@@ -7,6 +7,7 @@ it in their names, so that a result is current or absent, whatever the files' ti
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ from mergelab.record import digest, file_sha256
 from mergelab.structure import Recipe
 from mergelab.study import CLAIMS, TASK_DATA, Study, is_file
 from mergelab.suites import Benchmark
+
+LINE = re.compile(r":\d+\Z")  # of the file that a claim stands in: it may move
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,11 @@ class Steps:
         if not (self.study.folder / CLAIMS).is_file():
             return []
         found = load_claims(self.study.folder)
-        said = [asdict(replace(claim, source="")) for claim in found.claims]
-        content = [found.title, said, [asdict(order) for order in found.comparisons]]
+        said = [replace(c, source="") if LINE.search(c.source) else c for c in found.claims]
+        content: list[Any] = [found.title, [asdict(claim) for claim in said]]
+        content.append([asdict(order) for order in found.comparisons])
+        if self.study.policy.asks:
+            content.append([policy.rows(self.study), asdict(policy.whole(self.study)[0])])
         return [self.add("audit", self.study.name, [content, audit.VERSION], needs)]
 
     def judge(self, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergelab import aggregates, items, published, score_table
 from mergelab.audit import protocol
-from mergelab.audit.protocol import EXACT, SIZES, Measured
+from mergelab.audit.protocol import EXACT, LOWER, SIZES, Measured
 from mergelab.audit.verdicts import (
     CONSISTENT,
     NOT_REPRODUCED,
@@ -21,6 +21,7 @@ from mergelab.audit.verdicts import (
 )
 from mergelab.claims import names
 from mergelab.claims.base import Claim
+from mergelab.claims.entries import own_unit
 from mergelab.items import Items
 from mergelab.suites import Benchmark
 
@@ -45,12 +46,15 @@ def judge_average(claim: Claim, rows: Sequence[Claim], verdicts: Sequence[Verdic
             f"The mean of its {len(rows)} rows ({listed}) is {percent(mean)}, not {claim.printed}."
         )
         return Verdict(UNVERIFIABLE, f"{why} Rows are missing, or it is another mean.")
-    known = [verdict.ours for verdict in verdicts if verdict.ours is not None]
+    known = [v.ours for v in verdicts if v.ours is not None and v.verdict != UNVERIFIABLE]
     if len(known) < len(rows):
         missing = ", ".join(
-            row.published for row, one in zip(rows, verdicts, strict=True) if one.ours is None
+            row.published
+            for row, one in zip(rows, verdicts, strict=True)
+            if one.ours is None or one.verdict == UNVERIFIABLE
         )
-        return Verdict(UNVERIFIABLE, f"It is the mean of its rows, but {missing}: not measured.")
+        why = f"It is the mean of its rows, but {missing}: not measured as claimed."
+        return Verdict(UNVERIFIABLE, why)
     return _against(claim, step, known)
 
 
@@ -117,18 +121,21 @@ def compare_claimed(
 
     `ours` and `theirs` are what was measured of either: item by item if both answered the same
     prompts, else the published figures decide, as if their items were not the same. `claimed`: do
-    the published figures say so, where there are any; `significant`: in the claimed direction, with
-    95 % confidence."""
+    the published figures say so, where there are any; `difference`: above 0 if `model` is better,
+    also where less is better; `significant`: in the claimed direction, with 95 % confidence."""
     figures = _figures(model, than, benchmark, claims)
-    said = figures is None or figures[0].value > figures[1].value
+    said = figures is None or _better(figures[0], figures[1], ours)
     about = {"model": model, "than": than, "benchmark": benchmark, "claimed": said}
     for one, other in _pairs(figures, ours, theirs):
         mine, their = _items(one), _items(other)
         if mine is not None and their is not None and mine.fingerprint == their.fingerprint:
-            found = aggregates.difference(mine.parts, their.parts)
-            return {**about, **_settled(found, "paired items", f"{label(one)}, {found['test']}")}
-    n = next((one.n for one in (*ours, *theirs)), SIZES.get(benchmark))
-    if figures is None or n is None or not all(0 <= claim.value <= 1 for claim in figures):
+            parts = (mine.parts, their.parts) if one.higher_is_better else (their.parts, mine.parts)
+            found = aggregates.difference(*parts)
+            how = label(one) + ("" if one.higher_is_better else ", less is better")
+            how, share = f"{how}, {found['test']}", not own_unit(one.benchmark, one.metric)
+            return {**about, **_settled(found, "paired items", how, share=share)}
+    n = _published_size(figures, (*ours, *theirs), benchmark)
+    if figures is None or n is None:
         why = "Neither were both scored on the same prompts, nor are both figures published."
         if figures is not None:
             why = "How many items the published figures stand for is not known. Score both models."
@@ -137,6 +144,24 @@ def compare_claimed(
     found = published.compare(figures[0].value, figures[1].value, n)
     how = f"{figures[0].printed} and {figures[1].printed} of {n:,} items each, taken as unpaired"
     return {**about, **_settled(found, "published figures", how)}
+
+
+def _better(mine: Claim, theirs: Claim, measured: Sequence[Measured]) -> bool:
+    """Do the published figures say that the first is better?"""
+    same = (one.higher_is_better for one in measured if one.metric == mine.metric)
+    by_name = LOWER.search(f"{mine.metric or mine.benchmark}") is None
+    return mine.value > theirs.value if next(same, by_name) else mine.value < theirs.value
+
+
+def _published_size(
+    figures: tuple[Claim, Claim] | None, measured: Sequence[Measured], benchmark: str
+) -> int | None:
+    """Items that both published figures stand for, if they are shares of items."""
+    shares = figures is not None and all(0 <= c.value <= 1 and not c.rescaled for c in figures)
+    if figures is None or not shares or own_unit(benchmark, figures[0].metric):
+        return None
+    whole = (one.size for one in measured if one.n == one.size or one.combine is None)
+    return SIZES.get(benchmark) or next(whole, None)
 
 
 def _figures(
@@ -181,10 +206,14 @@ def _items(one: Measured) -> Items | None:
     return items.items_of(score_table.table(path), bench, kind) if path.is_file() else None
 
 
-def _settled(found: dict[str, Any], basis: str, how: str) -> dict[str, Any]:
+def _settled(found: dict[str, Any], basis: str, how: str, *, share: bool = True) -> dict[str, Any]:
+    """A difference and what it settles; of shares it is told in points."""
     low, high = found["ci95"]
     significant = bool(low > 0)
-    gap = f"{100 * found['difference']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
+    value = found["difference"]
+    gap = f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
+    if share:
+        gap = f"{100 * value:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
     verdict = "better" if significant else "worse" if high < 0 else "not settled"
     return {
         "difference": found["difference"],

@@ -15,17 +15,17 @@ from mergelab.audit.target import Target
 from mergelab.audit.verdicts import Verdict, judge
 from mergelab.claims.base import Claim
 
+Look = Callable[[str, str], Readings]  # what was measured of a model on a benchmark
 
-def judged(
-    claims: Sequence[Claim], readings: Callable[[Claim], Readings], page: Path
-) -> list[dict[str, Any]]:
+
+def judged(claims: Sequence[Claim], readings: Look, page: Path) -> list[dict[str, Any]]:
     """Each claim with its verdict, averages last, as they rest on the others; records are told by
     their way from the folder `page`."""
     verdicts: dict[Claim, Verdict] = {}
     records: dict[Claim, str | None] = {}
     for claim in claims:
         if claim.benchmark != AVERAGE:
-            known = readings(claim)
+            known = readings(claim.model, claim.benchmark)
             verdicts[claim] = judge(claim, known.measured, known.why_not)
             record = next((one.record for one in known.measured if one.record), None)
             records[claim] = record and os.path.relpath(record, page)
@@ -39,16 +39,13 @@ def judged(
     ]
 
 
-def compared(
-    target: Target, claims: Sequence[Claim], readings: Callable[[Claim], Readings]
-) -> list[dict[str, Any]]:
+def compared(target: Target, claims: Sequence[Claim], readings: Look) -> list[dict[str, Any]]:
     """Each claimed order of two models."""
     found = []
     for order in target.comparisons:
         known: dict[str, tuple[Measured, ...]] = {}
         for name in (order.model, order.than):
-            own = [c for c in claims if (c.model, c.benchmark) == (name, order.benchmark)]
-            known[name] = tuple(one for claim in own[:1] for one in readings(claim).measured)
+            known[name] = readings(name, order.benchmark).measured
         args = (order.model, order.than, order.benchmark, claims)
         found.append(compare_claimed(*args, known[order.model], known[order.than]))
     return found

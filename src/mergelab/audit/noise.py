@@ -49,7 +49,7 @@ def noise(dtype: str, c: float) -> float:
 def measure(folder: Path) -> float:
     """c of the model in `folder`: how far bfloat16 moves the log-probabilities of some texts.
 
-    Compared with float32. USUAL for a model that is too large to be loaded twice."""
+    Compared with float32. USUAL for a model that is too large to be loaded twice, or overflows."""
     import torch
 
     checkpoint = open_checkpoint(folder, folder.name)
@@ -65,9 +65,10 @@ def measure(folder: Path) -> float:
         for size in WINDOWS:
             for start in range(0, len(exact) - size + 1, size):
                 part = slice(start, start + size)
-                gap = rough[part].sum() - exact[part].sum()
-                moved.append(gap / math.sqrt(2 - exact[part].sum()))
-    return float(np.sqrt(np.mean(np.square(moved))))
+                true, other = math.fsum(exact[part]), math.fsum(rough[part])
+                moved.append((other - true) / math.sqrt(2 - true))
+    found = math.sqrt(math.fsum(one**2 for one in moved) / max(1, len(moved)))
+    return found if moved and math.isfinite(found) else USUAL
 
 
 def _token_logs(loaded: inference.Loaded, text: str, dtype: Any) -> Floats:

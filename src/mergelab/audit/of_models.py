@@ -27,6 +27,11 @@ NOT_EXAMINED = (
 )
 
 
+NOWHERE = (
+    "where this model lies is not known: say it in the claims file (models: {NAME: {at: ...}})."
+)
+
+
 @dataclass(frozen=True)
 class Options:
     """How far an audit goes: `fetch` downloads models, `depth` counts generations of ancestors,
@@ -64,9 +69,10 @@ def of_models(target: Target, out: Path, options: Options) -> dict[str, Any]:
         if subject.name not in folders
     }
 
-    def readings(claim: Claim) -> Readings:
-        known = told.get(claim.model, {}).get(claim.benchmark)
-        return known or Readings(why_not=lacking.get(claim.model, NO_RUN))
+    def readings(model: str, benchmark: str) -> Readings:
+        known = told.get(model, {}).get(benchmark)
+        why = NO_RUN if model in folders else lacking.get(model, NOWHERE)
+        return known or Readings(why_not=why)
 
     models = [_model(subject.name, subject.at, traced) for subject in target.subjects]
     return {

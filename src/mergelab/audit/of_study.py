@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,6 @@ from mergelab.audit.judged import compared, judged
 from mergelab.audit.rescore import Readings, measured
 from mergelab.audit.target import Target
 from mergelab.audit.verdicts import NO_RUN
-from mergelab.claims.base import Claim
 from mergelab.record import packages, read_json
 
 FOLDER = "audit"  # of a study's results
@@ -23,10 +23,10 @@ def of_study(target: Target, out: Path) -> dict[str, Any]:
     study = target.study
     assert study is not None
 
-    def readings(claim: Claim) -> Readings:
-        found = measured(study, out, claim)
-        where = f"recipes/{study.name}"
-        lacking = f"no scores here. Run: mergelab evaluate {where} {claim.model}"
+    @functools.cache
+    def readings(model: str, benchmark: str) -> Readings:
+        found = measured(study, out, model, benchmark)
+        lacking = f"no scores here. Run: mergelab evaluate {target.at} {model}"
         return Readings(found, NO_RUN if found else lacking)
 
     recipes = {path.stem: path.read_text("utf-8") for path in study.recipes}

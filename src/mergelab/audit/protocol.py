@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -17,6 +18,7 @@ MATCHED = ("metric", "filter", "shots", "chat_template")  # what a claim may say
 SPLITS = ("train", "dev", "validation", "test")
 DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 # Items of test sets that are answered right or wrong, as lm-eval scores them: GRIM needs no run.
+# Of those in VALIDATION it scores the validation split.
 SIZES = {
     "arc_challenge": 1172,
     "arc_easy": 2376,
@@ -38,6 +40,8 @@ SIZES = {
     "truthfulqa_mc1": 817,
     "winogrande": 1267,
 }
+LOWER = re.compile(r"perplexity|bits_per_byte|\b(ppl|bpb|nll|loss|brier_score|wer|ter)\b", re.I)
+VALIDATION = ("boolq", "hellaswag", "medmcqa", "piqa", "truthfulqa_mc1", "winogrande")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Measured:
     `spread` by dtype the standard deviation between this run and an honest one in that dtype.
     `hits`: items answered right, None unless each is right or wrong and all count alike.
     `rescaled`: the value moved so that guessing is 0, where a leaderboard says what guessing is,
-    and `stretch` what that multiplies differences by."""
+    and `stretch` what that multiplies differences by. `higher_is_better`: as the task says of its
+    main metric, of others by their names."""
 
     benchmark: str
     task: str
@@ -70,6 +75,7 @@ class Measured:
     combine: str | None = None
     rescaled: float | None = None
     stretch: float = 1.0
+    higher_is_better: bool = True
     record: str | None = None
 
 
@@ -156,6 +162,18 @@ def dtype_of(said: str | None) -> str | None:
     plain = (said or "").lower().removeprefix("torch.").strip()
     plain = DTYPES.get(plain, plain)
     return plain if plain in ROUNDING else None
+
+
+def usual_size(claim: Claim) -> set[int]:
+    """Items of the test set that the benchmark is usually scored on, if the claim is about it."""
+    usual = "validation" if claim.benchmark in VALIDATION else "test"
+    known = claim.benchmark in SIZES and may_be_split(claim, usual)
+    return {SIZES[claim.benchmark]} if known else set()
+
+
+def may_be_split(claim: Claim, split: str) -> bool:
+    """Is the claim about this split, as far as it says?"""
+    return claim.split in (None, split, split.partition("[")[0])
 
 
 def _same_version(one: str, other: str) -> bool:

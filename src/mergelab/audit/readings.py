@@ -12,7 +12,7 @@ import numpy as np
 
 from mergelab import aggregates, items, task_build, task_data, task_files
 from mergelab.audit import noise
-from mergelab.audit.protocol import SIZES, Measured
+from mergelab.audit.protocol import LOWER, SIZES, Measured
 from mergelab.errors import UserError
 from mergelab.items import Table
 from mergelab.statistics import Z95, Floats
@@ -40,6 +40,7 @@ def readings(
     own, entry = table[table["benchmark"] == bench.name], summary["benchmarks"].get(bench.name)
     if not len(own) or entry is None:
         return []
+    main = str(entry["metric"]).partition(",")
     facts = {
         "benchmark": bench.name,
         "task": bench.task.removeprefix(task_files.PREFIX),
@@ -48,10 +49,10 @@ def readings(
         "dtype": str(summary["dtype"]),
         "lm_eval": str(summary["lm_eval"]),
         "record": record,
+        "main": (main[0], bool(entry["higher_is_better"])),
         **_extent(study, bench, results, int(own["id"].nunique())),
     }
     kinds = [label for label, _ in own.groupby(["metric", "filter"], sort=True)]
-    main = str(entry["metric"]).partition(",")
     kinds.sort(key=lambda kind: (kind != (main[0], main[2] or NO_FILTER), kind))
     ways = (bench.combine, *(way for way in COMBINE if way != bench.combine))
     found = [
@@ -66,6 +67,7 @@ def _measured(
     own: Table, bench: Benchmark, metric: str, filter: str, c: float, facts: Mapping[str, Any]
 ) -> Measured:
     rows = own[(own["metric"] == metric) & (own["filter"] == filter)]
+    main, higher = facts["main"]
     label = metric if filter == NO_FILTER else f"{metric},{filter}"
     counted = items.items_of(rows, bench, label)
     assert counted is not None  # the table holds the metric
@@ -80,7 +82,8 @@ def _measured(
     only = counted.parts[0]
     right = len(counted.parts) == 1 and only.right_or_wrong
     return Measured(
-        **facts,
+        **{key: value for key, value in facts.items() if key != "main"},
+        higher_is_better=higher if metric == main else LOWER.search(metric) is None,
         metric=metric,
         filter=None if filter == NO_FILTER else filter,
         value=score["value"],
@@ -112,8 +115,7 @@ def _floats(rows: Table, column: str) -> Floats:
 
 def _extent(study: Study, bench: Benchmark, results: Path, n: int) -> dict[str, Any]:
     """`size`, the items of the whole split, and the name of what was seen of it, `split`."""
-    usual = SIZES.get(bench.task.removeprefix(task_files.PREFIX), 0) if bench.data is None else 0
-    size = max(n, usual)
+    size = max(n, SIZES.get(bench.task.removeprefix(task_files.PREFIX), 0))
     if bench.data is not None:
         split = bench.data
     else:

@@ -34,6 +34,7 @@ from mergelab.study import Study, is_file
 from mergelab.suites import Benchmark
 
 USUAL_SHOTS = (0, 5)  # beside those of the leaderboards' suites
+MOST_RUNS = 4  # numbers of shots that the claims about one benchmark may ask for
 BOARDS = ("open_llm_v1", "open_llm_v2", "nous", "medical", "meditron", "eq_bench")
 
 
@@ -67,17 +68,17 @@ def rescore(
     return found
 
 
-def measured(study: Study, results: Path, claim: Claim) -> tuple[Measured, ...]:
-    """What the scores of a study (results/<study>) say of a claim on one of its variants.
+def measured(study: Study, results: Path, model: str, benchmark: str) -> tuple[Measured, ...]:
+    """What the scores of a study (results/<study>) say of a benchmark and one of its variants.
 
     Nothing is run. Raises UserError if a file of scores is damaged."""
     place = results / "scores"
-    path = place / f"{claim.model}.parquet"
-    if claim.model not in study.variants or not path.is_file():
+    path = place / f"{model}.parquet"
+    benches = [bench for bench in study.suite if benchmark in _names(bench)]
+    if model not in study.variants or not benches or not path.is_file():
         return ()
-    table, summary = score_table.table(path), _summary(place / f"{claim.model}.json")
-    benches = [bench for bench in study.suite if claim.benchmark in _names(bench)]
-    c = _noise(models.folder(study, claim.model, results))
+    table, summary = score_table.table(path), _summary(place / f"{model}.json")
+    c = _noise(models.folder(study, model, results))
     record = str(path.with_suffix(".json"))
     return tuple(
         one for b in benches for one in readings(study, b, table, summary, results, c, record)
@@ -102,7 +103,7 @@ def _rescore(
     others = [shots for shots in _usual_shots(bench) if shots not in first]
     found: tuple[Measured, ...] = ()
     failed: dict[str, list[int]] = {}
-    for shots in (*first, *others):
+    for shots in (*list(first)[:MOST_RUNS], *others):
         if shots not in first and all(_settled(claim, found) for claim in claims):
             break
         try:

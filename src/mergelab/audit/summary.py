@@ -82,11 +82,12 @@ def _weights(entries: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             level = WEIGHTS[made["verdict"]]
             yield _row(entry["model"], "weights", made["verdict"], level, made["why"], anchor)
         if found := entry["infer"]:
-            odd = found["undeclared"]["found"] or found["finetuned"]["found"]
+            other = made is not None and made["verdict"] == "different"
+            odd = other or found["undeclared"]["found"] or found["finetuned"]["found"]
             level = "warn" if odd else "good" if found["hypotheses"] else "unknown"
             why = found["undeclared"]["why"] if found["undeclared"]["found"] else ""
             why = why or (found["finetuned"]["why"] if found["finetuned"]["found"] else "")
-            why = why or "read from the weights, without a recipe"
+            why = why or "read from the weights alone"
             yield _row(entry["model"], "weights", found["verdict"], level, why, anchor)
         if not made and not found:
             why = entry.get("why") or "neither a recipe nor candidates"

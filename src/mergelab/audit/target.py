@@ -35,8 +35,15 @@ def read_target(text: str, base: str | None = None, candidates: tuple[str, ...] 
     """A claims file (*.yaml), a folder with a study.yaml, a model's folder, or a hub id.
 
     `base` and `candidates` are what a model without a recipe may have been made of. Raises
-    UserError for anything else, and for mistakes in a claims file or study."""
+    UserError for anything else, where they are given for something else, and for mistakes in a
+    claims file or study."""
     path = Path(text).expanduser()
+    told = base is not None or candidates
+    if told and (path.suffix in (".yaml", ".yml") or (path / "study.yaml").is_file()):
+        raise UserError(
+            f"{text}: --base and --candidates are for a model. A claims file names them itself "
+            "(models: {NAME: {at: ..., base: ..., candidates: [...]}}); a study needs none."
+        )
     if path.suffix in (".yaml", ".yml") and path.is_file():
         beside = path.name in (CLAIMS, "study.yaml") and (path.parent / "study.yaml").is_file()
         return _of_study(path.parent) if beside else _of_claims(path)

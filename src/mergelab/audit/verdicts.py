@@ -13,7 +13,7 @@ from typing import Any
 
 from mergelab import published
 from mergelab.audit import protocol
-from mergelab.audit.protocol import EXACT, SIZES, Measured
+from mergelab.audit.protocol import EXACT, Measured
 from mergelab.claims.base import Claim
 
 VERSION = 1
@@ -22,6 +22,7 @@ IMPOSSIBLE, UNVERIFIABLE = "impossible", "unverifiable"
 NO_RUN = "nothing was measured"
 DIGITS = 10  # decimals of a percentage that GRIM looks at: a float's own error is below
 MOST_FITS = 20  # numbers of hits listed
+RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match")  # metrics that count right answers
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,14 @@ def _grim(claim: Claim, measured: Sequence[Measured]) -> dict[str, Any] | None:
     """Could right or wrong answers give the number? None if they are not what is counted.
 
     Beside rounding, a number may be cut off, or printed with a 0 that was never measured; the run
-    may be of all items, or of those that we saw."""
+    may be of all items, or of those that we saw. Of another split the items are not known."""
     of_kind = [o for o in measured if claim.metric is None or o.metric == claim.metric]
-    sizes = {o.n for o in of_kind if o.hits is not None}
-    sizes |= {o.size for o in of_kind if o.hits is not None and claim.split != o.split}
     if measured and (not of_kind or any(o.hits is None for o in of_kind)):
         return None
-    if not measured and claim.benchmark in SIZES:
-        sizes = {SIZES[claim.benchmark]}
+    same = [o for o in of_kind if protocol.may_be_split(claim, o.split)]
+    sizes = {o.n for o in same} | {o.size for o in same if claim.split != o.split}
+    if not measured and claim.metric in (None, *RIGHT_OR_WRONG):
+        sizes = protocol.usual_size(claim)
     if not sizes or claim.rescaled or not 0 <= claim.value <= 1:
         return None
     text = _percentage(claim)

@@ -97,14 +97,17 @@ def _weigh(subject: Subject, ancestry: Ancestry, store: Store, workers: int) -> 
     if text:
         recipe = _recipe(text, subject.name, store.out)
         if isinstance(recipe, str):
-            return entry | {"why": recipe}
+            entry["why"] = recipe
+            return entry | (_inferred(model, places, base, workers) if subject.candidates else {})
         parts = [part for name in recipe.models for part in locate.parts(name, recipe, None)]
         named = {name: store.parent(name, home, ancestry) for name in parts if name}
         entry["remerge"] = _remerged(recipe, model, named, workers)
         base = base or recipe.base
-        places = {**named, **places}
-    if entry["remerge"] and entry["remerge"]["verdict"] != "different":
-        return entry
+        verdict = entry["remerge"]["verdict"]
+        if verdict != "different" and not (verdict == "unverifiable" and subject.candidates):
+            return entry
+        if verdict == "different":
+            places = {**named, **places}
     return entry | _inferred(model, places, base, workers)
 
 
@@ -115,7 +118,7 @@ def _recipe(text: str, name: str, out: Path) -> Recipe | str:
     try:
         return load_recipe(path)
     except UserError as error:
-        return f"its recipe cannot be read: {error}"
+        return f"its recipe cannot be read: {str(error).replace(str(path), 'recipe')}"
 
 
 def _remerged(
@@ -134,7 +137,11 @@ def _inferred(
     folders, missing = _found(places)
     if missing:
         return {"why": f"{missing}: not here. {FETCH}"}
-    known = {name: open_checkpoint(folder, name) for name, folder in folders.items()}
+    named = {folders[base]: base} if base in folders else {}  # one name for each folder
+    for name, folder in folders.items():
+        if not any(folder.samefile(other) for other in named):
+            named[folder] = name
+    known = {name: open_checkpoint(folder, name) for folder, name in named.items()}
     others = {name: one for name, one in known.items() if name != base}
     if not others:
         return {"why": "there is neither a recipe nor candidates (--candidates A B ...)"}

@@ -26,10 +26,6 @@ BLIND = (
     "The base itself is tainted with this benchmark: detectors that compare with the base are "
     "blind here."
 )
-BLIND_SPOTS = (
-    "Knows only what is declared or published. A report is somebody's word; the pre-training data "
-    "of a base are not looked at."
-)
 
 
 @dataclass(frozen=True)

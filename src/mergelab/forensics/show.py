@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mergelab.show import out
+from mergelab.show import out, printable
 
 ROWS = 24  # tensors or layers told to people
 SHOWN = 4  # hypotheses
@@ -16,24 +16,28 @@ SHOWN = 4  # hypotheses
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the verdict, the hypotheses with their fit, coefficients by layer, and the notes."""
-    out.print(Text(result["verdict"]))
+    out.print(_text(result["verdict"]))
     rows = Table("hypothesis", "parents", "parameters", "residual", "score", box=None)
     for reading in result["hypotheses"][:SHOWN]:
         equal = " (as well)" if reading["equal"] else ""
         parents = ", ".join(map(_parent, reading["parents"]))
         fit = f"{reading['residual']:.3g} steps, R² {reading['r2']:.4f}"
         cells = (reading["method"] + equal, parents, _parameters(reading["parameters"]), fit)
-        rows.add_row(*map(Text, (*cells, f"{reading['score']:.3f}")))
+        rows.add_row(*map(_text, (*cells, f"{reading['score']:.3f}")))
     out.print()
     out.print(rows)
     for reading in result["hypotheses"][:SHOWN]:
-        out.print(Text(f"{reading['method']}: {reading['why']}"))
+        out.print(_text(f"{reading['method']}: {reading['why']}"))
     for title in ("undeclared", "finetuned"):
         found = "yes" if result[title]["found"] else "no"
-        out.print(Text(f"{title}: {found}; {result[title]['why']}"))
+        out.print(_text(f"{title}: {found}; {result[title]['why']}"))
     _gradients(result["gradient"])
     for note in result["notes"]:
-        out.print(Text(f"note: {note}"))
+        out.print(_text(f"note: {note}"))
+
+
+def _text(value: str) -> Text:
+    return Text(printable(value))
 
 
 def _parent(parent: Mapping[str, Any]) -> str:
@@ -59,4 +63,4 @@ def _gradients(gradient: Mapping[str, Any]) -> None:
                 shown = " ".join(f"{v:.3g}" for v in values[:ROWS])
                 more = f" … {len(values) - ROWS} more" if len(values) > ROWS else ""
                 knots = f"; a gradient of {entry['knots']}" if entry["knots"] else ""
-                out.print(Text(f"{name}, {kind}, by layer: {shown}{more}{knots}"))
+                out.print(_text(f"{name}, {kind}, by layer: {shown}{more}{knots}"))
