@@ -22,6 +22,7 @@ from remerge_oracle import (
     task_arithmetic,
     ties,
 )
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from mergelab import engine
@@ -501,7 +502,7 @@ def test_people_are_shown_the_answer_and_the_worst_tensors(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("mergelab.forensics.remerge_show.out", Console(width=200, highlight=False))
     found = by_oracle(models, task_arithmetic, "bfloat16")
     one_ulp_in_one(found)
     path = recipe(tmp_path, models, "task_arithmetic")
