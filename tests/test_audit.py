@@ -152,3 +152,15 @@ def test_candidates_are_of_a_model_alone(study, tmp_path):
     for target in (study, study / "claims.yaml"):
         with pytest.raises(UserError, match="--base and --candidates are for a model"):
             audit(str(target), tmp_path / "out", Options(), candidates=("x",))
+
+
+def test_a_hub_that_cannot_be_asked_does_not_end_the_audit_of_a_folder(merged, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("mergelab.hub_errors.WAITS", ())
+    tell(merged, one="org/one", other="org/other")
+    data = audit(str(merged), Path("out"), Options(skip=("scores",)))
+    assert any("ancestors were not looked up" in text for text in data["warnings"])
+    (row,) = (row for row in data["verdicts"] if row["about"] == "lineage")
+    assert row["verdict"] == "unverifiable"
+    with pytest.raises(UserError, match="cannot reach"):
+        audit("org/one", Path("out"), Options(skip=("scores",)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergelab import ancestry, hashes
+from mergelab import ancestry, hashes, locate
 from mergelab.ancestors import Ancestry
 from mergelab.audit.judged import compared, judged
 from mergelab.audit.rescore import Readings, rescore
@@ -46,7 +46,7 @@ class Options:
 
 def of_models(target: Target, out: Path, options: Options) -> dict[str, Any]:
     """An audit of models that lie somewhere: on the hub, or in folders."""
-    traced = ancestry.ancestries((subject.at for subject in target.subjects), options.depth)
+    traced, untraced = _traced(target, options.depth)
     claims, problems = _claimed(target, traced)
     store = Store(out, options.fetch)
     weights, folders = [], {}
@@ -84,8 +84,20 @@ def of_models(target: Target, out: Path, options: Options) -> dict[str, Any]:
         "contamination": {"findings": [], "calibration": [], "blind_spots": [NOT_EXAMINED]},
         "policy": [],
         "provenance": {"files": _files(folders), "versions": packages()},
-        "warnings": problems,
+        "warnings": [*untraced, *problems],
     }
+
+
+def _traced(target: Target, depth: int) -> tuple[Ancestry, list[str]]:
+    """The ancestors. Of folders alone, a hub that cannot be asked is no reason to stop: then their
+    own cards are all that is known, and it is said why."""
+    places = [subject.at for subject in target.subjects]
+    try:
+        return ancestry.ancestries(places, depth), []
+    except UserError as error:
+        if depth == 0 or not all(map(locate.local, places)):
+            raise
+        return ancestry.ancestries(places, 0), [f"The ancestors were not looked up: {error}"]
 
 
 def _claimed(target: Target, traced: Ancestry) -> tuple[tuple[Claim, ...], list[str]]:
