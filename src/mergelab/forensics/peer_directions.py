@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -30,9 +31,9 @@ class Directed(Simulation):
     based = False  # is it one of task vectors?
     single = False  # is it taken in float32 whatever the work dtype?
 
+    @abstractmethod
     def merged(self, cosine: Torch, x: Sequence[Torch]) -> Torch:
         """The merged entries (S) with a cosine."""
-        raise NotImplementedError
 
     def nominal(self, gram: Array) -> float:
         """The cosine from dot products of the models, or of their task vectors."""
@@ -215,13 +216,13 @@ class ByRow(Simulation):
 
     columns = False
 
+    @abstractmethod
     def cosines(self, x: Sequence[Torch]) -> Torch:
         """The cosine of each vector, along the last dimension of x, or the first (columns)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self, cosines: Torch, x: Sequence[Torch]) -> Torch:
         """The merged entries."""
-        raise NotImplementedError
 
     def value(self, x: Sequence[Torch]) -> Torch:
         row = self.merge.row

@@ -8,6 +8,7 @@ of a tensor (nuslerp_row_wise), that tensor."""
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def recast(bits: Array, given: str, *wanted: str) -> Array:
     return bits
 
 
-class Simulation:
+class Simulation(ABC):
     """What mergekit makes of one tensor; `work` is the dtype of its arithmetic.
 
     `merge` reads the sources; `published` is the tensor that is explained."""
@@ -46,12 +47,12 @@ class Simulation:
         self.dtype = getattr(torch, NAMES[work])
         self.x: list[Torch] = []
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to look at
         """Look at the sources, where all of the tensor enters."""
 
+    @abstractmethod
     def value(self, x: Sequence[Torch]) -> Torch:
         """The merged entries (S) from those of the models, the base first."""
-        raise NotImplementedError
 
     def inputs(self, start: int, stop: int) -> list[Torch]:
         """Entries [start, stop) of the models in the work dtype, the base first."""
@@ -110,9 +111,9 @@ class Choosing(Simulation):
         self.kept = kept
         self.sure, self.least, self.most = (np.zeros(len(kept), np.int64) for _ in range(3))
 
+    @abstractmethod
     def outcome(self, x: Sequence[Torch], pick: Sequence[bool], at: Any) -> Torch:
         """The merged entries `at` (of the block's) if the free ones of picked groups are kept."""
-        raise NotImplementedError
 
     def settle(self, given: Array) -> Array:
         import torch

@@ -36,8 +36,6 @@ from mergelab.forensics.peer_merge import (
 )
 from mergelab.methods.sce import EVEN
 
-RELEASES = ("0.1.5", "0.1.4")
-
 
 class Sce(Choosing):
     """Entries of largest variance over the task vectors; which of equal ones, the merge tells."""
@@ -146,10 +144,9 @@ def simulated(method: str, shared: dict[str, object], release: str) -> bool:
 def simulation(merge: TensorMerge, work: str, published: Tensor, release: str) -> Simulation:
     """How a release makes the tensor that `merge` reads."""
     tensor, name = merge.tensor, merge.method.name
-    kind = SIMULATED[name] if release == "0.1.5" else OLD[name]
     shared = tensor.settings.shared
     if tensor.copied:
-        kind = Copied
-    elif shared.get("filter_wise") or not shared.get("nuslerp_flatten", True):
-        kind = BY_ROW[name]
-    return kind(merge, work, published)
+        return Copied(merge, work, published)
+    if shared.get("filter_wise") or not shared.get("nuslerp_flatten", True):
+        return BY_ROW[name](merge, work, published)
+    return (SIMULATED if release == "0.1.5" else OLD)[name](merge, work, published)

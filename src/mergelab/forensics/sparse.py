@@ -18,7 +18,6 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 MOST = 5  # parents whose subsets are tried
 ROUNDS = 40
-TOLERANCE = 1.0  # rounding steps within which an entry counts as reproduced
 BINS = np.linspace(-8, 16, 4801)  # ratios, 0.005 apart
 CLEAR = 6.0  # steps that a task vector's entry must have to give a ratio
 SHIFT = 0.37  # of the entries: how far chance's task vectors are moved
