@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub
 from published_cards import serve
 
-from mergelab import hub_cards, hub_errors
+from mergelab import hub_cards
 from mergelab.ancestors import reports
 from mergelab.ancestry import Ancestry, ancestries, ancestry, plain
 from mergelab.declared import MAX_PARENTS
@@ -21,21 +19,6 @@ NECTAR = "datasets/berkeley-nest/Nectar"
 LEO = "viethq188/LeoScorpius-7B-Chat-DPO"
 TRINITY = "janai-hq/trinity-v1"
 MARCORO = "mlabonne/Marcoro14-7B-slerp"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A hub, and a client that knows no token and has an empty cache."""
-    from huggingface_hub import constants
-
-    with LoopbackHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setattr(hub_errors, "WAITS", ())
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.chdir(tmp_path)
-        yield server
 
 
 def put(server: LoopbackHub, repo: str, card: str = "", *, day: str = "2024-01-01", **files: str):

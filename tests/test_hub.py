@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback_hub import LoopbackHub
 from safetensors.numpy import save
 
-from mergelab import hub, hub_cards, hub_errors
+from mergelab import hub, hub_cards
 from mergelab.errors import UserError
 from mergelab.study import load_study
 
@@ -34,21 +33,6 @@ TINY = {
     "original/config.json": b"{}",
 }
 KEPT = ["config.json", "model.safetensors", "tokenizer.json"]
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A hub, and a client that knows no token and has an empty cache."""
-    from huggingface_hub import constants
-
-    with LoopbackHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setattr(hub_errors, "WAITS", ())
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.chdir(tmp_path)
-        yield server
 
 
 def study_with(**models: str) -> Path:
