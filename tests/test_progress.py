@@ -110,4 +110,4 @@ def test_a_download_tells_its_bytes(
         server.pause = 0.05
         hub.download(hub.Pinned("acme/m", commit), tmp_path / "models/m")
     said = capsys.readouterr().err
-    assert re.search(r"^fetch acme/m: [\d.]+ kB of 300 kB \(\d+ %\), [\d.]+ kB/s", said, re.M), said
+    assert re.search(r"^fetch acme/m: [\d.]+ kB of 300 kB \(\d+ %\), [\d.]+ [kM]?B/s", said, re.M), said
