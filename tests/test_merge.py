@@ -63,8 +63,8 @@ RECIPES = {  # name: method, parameters of every model, of the recipe, experts
     "stack": ("passthrough", "", "", 0),
 }
 GOLDEN = {
-    "linear v2": "8a34b949bfe95d21c4e0c826e82be9af4d83843bd07dda5904853cb2dca83d24",
-    "linear as it is v2": "d6ab98cbd598a99d3d0a2fc83baf8ea562f4c0f26616abcbcbf182f1e4aeef5a",
+    "linear v3": "8a34b949bfe95d21c4e0c826e82be9af4d83843bd07dda5904853cb2dca83d24",
+    "linear as it is v3": "d6ab98cbd598a99d3d0a2fc83baf8ea562f4c0f26616abcbcbf182f1e4aeef5a",
     "slerp v2": "cf6d9924c6a18c6da3252942c38d1407174c6f2175109be24155324f4497e3bc",
     "slerp model v2": "d3c8113eccab0cec2c7bf705cd1cc97b354a751f20db9d2849c4dd746b8fea61",
     "nuslerp v1": "16ecffa7d21a070e0bd06c587c75461871e0ccab69395a1129f7270809d0373e",

@@ -79,8 +79,9 @@ def test_linear_without_normalize_is_the_weighted_sum(tmp_path: Path) -> None:
 
 
 def test_linear_does_not_round_its_products(tmp_path: Path) -> None:
-    """The product 2^-24 (1 - 2^-26) rounds the sum down; rounded itself, it would make a tie."""
-    a, b, weight = np.array([1 + ULP]), np.array([1 + 2.0**-13]), 2.0**-24 * (1 - 2.0**-13)
+    """The product 2^-24 (1 - 2^-40) rounds the sum down; rounded itself, or the sum in float64
+    first, it would make a tie."""
+    a, b, weight = np.array([1 + ULP]), np.array([1 + 2.0**-20]), 2.0**-24 * (1 - 2.0**-20)
     text = recipe("linear", {"a": "weight: 1", "b": f"weight: {weight!r}"}, base=None)
     text += "parameters: {normalize: false}\n"
     assert merge(tmp_path, text, {"a": a, "b": b}) == 1 + ULP

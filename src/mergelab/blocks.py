@@ -109,7 +109,7 @@ class TensorMerge:
         self.row = max(1, method.row(tensor.settings, tensor.shape))
         self.step = max(1, BLOCK // self.row) * self.row
         self.wrong = np.zeros(len(tensor.sources), np.int64)
-        self.looked = False
+        self.looked = method.spreads  # the merged entries will tell
 
     @property
     def whole_model(self) -> bool:
@@ -211,6 +211,7 @@ class TensorMerge:
                 self.count_wrong(out[None], wrong)
             yield out
         if wrong[0]:
+            self.look_again()
             raise UserError(
                 f"tensor {self.tensor.name}: {wrong[0]} merged entries are infinite or not a "
                 "number, though all inputs are finite. Use a wider dtype or smaller weights; "
@@ -242,6 +243,12 @@ class TensorMerge:
         """Add to counts (M) how many entries of a block (M, S) are infinite or NaN."""
         mask = EXPONENTS[self.kind]
         count_full(values.view(mask.dtype), mask, counts)
+
+    def look_again(self) -> None:
+        """Raise UserError if it is an input that has entries that are not finite."""
+        self.looked = False
+        for _ in self.blocks():
+            pass
 
     def check_inputs(self) -> None:
         """Raise UserError if an input has entries that are not finite."""

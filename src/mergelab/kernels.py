@@ -144,8 +144,15 @@ def encode(values: Array, count: int, out: Array, start: int) -> None:
     (_narrow if out.dtype == np.uint16 else _copy_out)(values, count, out, start)
 
 
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """a b + c of three numbers of one type, rounded once (IEEE 754 fusedMultiplyAdd).
+
+    For kernels alone; a processor that cannot calls the C library, which gives the same bits."""
+    raise NotImplementedError
+
+
 def _teach(numba: Any) -> None:
-    """Give numba the two functions whose code depends on the type of an array."""
+    """Give numba what Python cannot say: code by an array's type, and the fused multiply-add."""
     bfloat16 = numba.types.uint16
 
     def choose_in(values: Any, model: Any, start: Any, count: Any, out: Any) -> Any:
@@ -154,8 +161,20 @@ def _teach(numba: Any) -> None:
     def choose_out(values: Any, count: Any, out: Any, start: Any) -> Any:
         return _narrow if out.dtype == bfloat16 else _copy_out
 
+    def rounded_once(typing: Any, a: Any, b: Any, c: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.fma(*args)
+
+        return c(c, c, c), build
+
+    once = numba.extending.intrinsic(rounded_once)
+
+    def choose_fma(a: Any, b: Any, c: Any) -> Any:
+        return lambda a, b, c: once(a, b, c)
+
     numba.extending.overload(decode, strict=False)(choose_in)
     numba.extending.overload(encode, strict=False)(choose_out)
+    numba.extending.overload(fma, strict=False)(choose_fma)
 
 
 def _widen(values: Array, model: int, start: int, count: int, out: Array) -> None:

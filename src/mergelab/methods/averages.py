@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.kernels import CHUNK, decode, encode, kernel
+from mergelab.kernels import CHUNK, decode, encode, fma, kernel
 from mergelab.methods.base import (
     WEIGHT,
     Array,
@@ -24,10 +24,9 @@ NO_SHARE = 1e-8  # a sum of weights below this is not divided by
 
 @kernel
 def sum_fused(values: Array, weights: Array, divisor: Any, out: Array) -> None:
-    """Write sum(w_m x_m) / divisor; of each step w x + r the product is exact in float64.
+    """Write sum(w_m x_m) / divisor; each step w x + r is rounded once, on every processor.
 
-    What mergekit's `linear` gets from fused multiply-add where the processor has it, everywhere;
-    the sum is rounded to float64 first, which shows once in about 2^29 steps."""
+    So does mergekit's `linear` on processors that have fused multiply-add."""
     models, size = values.shape
     x, result = np.empty(CHUNK, weights.dtype), np.empty(CHUNK, weights.dtype)
     for start in range(0, size, CHUNK):
@@ -35,9 +34,9 @@ def sum_fused(values: Array, weights: Array, divisor: Any, out: Array) -> None:
         result[:count] = 0
         for m in range(models):
             decode(values, m, start, count, x)
-            weight = np.float64(weights[m])
+            weight = weights[m]
             for i in range(count):
-                result[i] = np.float64(x[i]) * weight + np.float64(result[i])
+                result[i] = fma(x[i], weight, result[i])
         if divisor != 1:
             for i in range(count):
                 result[i] = result[i] / divisor
@@ -94,12 +93,13 @@ def check_weights(settings: Settings) -> str | None:
 
 LINEAR = Method(
     "linear",
-    2,
+    3,
     "Weighted average of the models' weights (model soup).",
     "ordinary",
     (1, None),
     (WEIGHT, normalize(True)),
     linear,
+    spreads=True,
     check=check_weights,
     papers=("Wortsman et al. 2022, Model soups, arXiv 2203.05482",),
     differs=(

@@ -123,7 +123,8 @@ class Method:
     base: 'needed' (task vectors), 'optional' (task vectors if there is one), 'ordinary' (a model
     like the others, with its own parameters) or 'none'; experts: least and greatest number, base
     not counted. lone: what becomes of a tensor that only one model has. check: what is wrong with
-    a tensor's settings, if anything."""
+    a tensor's settings, if anything. spreads: an entry of any model that is infinite or NaN makes
+    the merged one so."""
 
     name: str
     version: int
@@ -136,6 +137,7 @@ class Method:
     running: Begin | None = None
     row: Row = elements
     random: bool = False
+    spreads: bool = False
     lone: Literal["error", "copy", "base", "base_or_drop"] = "error"
     check: Check = fine
     papers: tuple[str, ...] = ()

@@ -172,6 +172,7 @@ TASK_ARITHMETIC = Method(
     (1, None),
     (WEIGHT, normalize(False), LAMBDA, NO_DENSITY, NO_RESCALE, INT8_MASK),
     task_arithmetic,
+    spreads=True,
     papers=(TASK_ARITHMETIC_PAPER,),
 )
 

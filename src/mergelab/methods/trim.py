@@ -13,13 +13,18 @@ import numpy as np
 
 from mergelab.methods.base import Array, Block, Round, Settings, Stats, Sums, nothing
 from mergelab.methods.sparsify import l1_ratios
-from mergelab.methods.trim_kernels import add_high, add_low, add_norms_beyond, count_equal
+from mergelab.methods.trim_kernels import (
+    NONE,
+    add_high,
+    add_low,
+    add_norms_beyond,
+    count_equal,
+)
 
 HALF = 1 << 16
-NONE = 0xFFFFFFFF  # bits above those of any key
 EVERY = 1 << 62  # more equal entries than any model has
 NEAR = 3  # buckets around the expected one whose lower halves are counted at once
-FAR = 1 << 17  # a first bucket that no key is near
+FAR = 3 << 14  # a first bucket that no key is near
 
 
 def kth(counts: Array, k: int) -> tuple[int, int]:
@@ -76,7 +81,7 @@ class Trim:
             "high": np.zeros((shape[0], HALF), np.int64),
             "size": np.zeros(1, np.int64),
             "first": np.full(shape, FAR, np.uint32),
-            "near": np.zeros((*shape, NEAR * guesses, HALF), np.uint32),
+            "near": np.zeros((*shape, NEAR * guesses * HALF), np.uint32),
         }
 
     def measure_high(self, block: Block, settings: Settings, stats: Stats, sums: Sums) -> None:
@@ -106,10 +111,9 @@ class Trim:
         found = {"ranks": ranks, "size": size, "high": high, "rest": rest}
         places = high.astype(np.int64) - sums["first"]
         if sums["near"].size and np.all((high == NONE) | ((places >= 0) & (places < NEAR))):
-            near = np.take_along_axis(
-                sums["near"], np.clip(places, 0, NEAR - 1)[..., None, None], axis=2
-            )
-            found |= self.conclude_low({"low": near[:, :, 0]}, settings, found)
+            near = sums["near"].reshape(*places.shape, NEAR, HALF)
+            low = np.take_along_axis(near, np.clip(places, 0, NEAR - 1)[..., None, None], axis=2)
+            found |= self.conclude_low({"low": low[:, :, 0]}, settings, found)
         return found
 
     def begin_low(self, settings: Settings, row: int) -> Sums:

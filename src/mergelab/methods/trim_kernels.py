@@ -12,6 +12,9 @@ from mergelab.kernels import CHUNK, LANES, add_magnitudes, encode, kernel, lanes
 from mergelab.methods.base import Array
 from mergelab.methods.consensus import combine, scale_each
 
+GROUP = 64  # keys among which one is looked for at once
+NONE = 0xFFFFFFFF  # bits above those of any key
+
 
 @kernel
 def magnitudes(delta: Array, count: int, single: Array) -> None:
@@ -50,31 +53,54 @@ def find_keys(deltas: Array, m: int, count: int, joint: bool, single: Array) -> 
 
 
 @kernel
+def count_near(bits: Array, count: int, low: Any, near: Array) -> None:
+    """Count in near those of bits[:count] that are from `low` on, by how far; others are too far.
+
+    Few are near: vectors look at a group for any."""
+    wide = np.uint32(near.size)
+    for at in range(0, count, GROUP):
+        group, found = bits[at : min(at + GROUP, count)], np.uint32(0)
+        for i in range(group.size):
+            found |= np.uint32(np.uint32(group[i] - low) < wide)
+        if found:
+            for i in range(group.size):
+                place = np.uint32(group[i] - low)
+                if place < wide:
+                    near[place] += np.uint32(1)
+
+
+@kernel
+def count_high(bits: Array, count: int, counts: Array, low: Any, near: Array) -> None:
+    """Count the upper halves of bits[:count] in counts (65536); in near as count_near does."""
+    wide = np.uint32(near.size)
+    for i in range(count):
+        counts[bits[i] >> np.uint32(16)] += 1
+        place = np.uint32(bits[i] - low)
+        if place < wide:
+            near[place] += np.uint32(1)
+
+
+@kernel
 def add_high(
     values: Array, joint: bool, counts: Array, firsts: Array, near: Array, kind: Any
 ) -> int:
     """Count the upper halves of the keys' bits in counts (K, 65536); K: one per task vector, or 1.
 
-    And in near (K, C, W, 65536) the lower halves of those whose upper one is one of W from firsts
+    And in near (K, C, W 65536) the lower halves of those whose upper one is one of W from firsts
     (K, C) on. Gives the number of entries to choose from: those with a joint key not 0, or all."""
     experts, size = values.shape[0] - 1, values.shape[1]
     base, deltas = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
-    single, found = np.empty(CHUNK, np.float32), 0
+    single, found, last = np.empty(CHUNK, np.float32), 0, firsts.shape[1] - 1
     bits = single.view(np.uint32)
     for at in range(0, size, CHUNK):
         count = min(CHUNK, size - at)
         task_vectors(values, at, count, base, deltas)
         for k in range(counts.shape[0]):
             find_keys(deltas, k, count, joint, single)
-            row = counts[k]
-            for i in range(count):
-                row[bits[i] >> np.uint32(16)] += 1
-            for c in range(firsts.shape[1]):
-                first, lows, wide = firsts[k, c], near[k, c], near.shape[2]
-                for i in range(count):
-                    place = np.uint32((bits[i] >> np.uint32(16)) - first)
-                    if place < wide:
-                        lows[place, bits[i] & np.uint32(0xFFFF)] += np.uint32(1)
+            for c in range(last):
+                count_near(bits, count, np.uint32(firsts[k, c] << np.uint32(16)), near[k, c])
+            low = np.uint32(firsts[k, last] << np.uint32(16))
+            count_high(bits, count, counts[k], low, near[k, last])
         if joint:
             for i in range(count):
                 found += bits[i] != 0
@@ -157,35 +183,49 @@ def keep_window(
 
     cuts (C, 2): bits of a magnitude, and how many equal ones belong to the largest k. C = 1: the
     largest are kept. C = 2: the largest by the first cut are dropped, of the rest those by the
-    second kept. seen (C): equal ones so far, updated."""
-    bits = single.view(np.uint32)
+    second kept. seen (C): equal ones so far, updated. keep (C, CHUNK): scratch."""
+    bits, zero = single.view(np.uint32), delta.dtype.type(0)
     magnitudes(delta, count, single)
+    first, stop, parted = np.uint32(0), np.uint32(NONE), False  # bits inside the window
+    for c in range(cuts.shape[0]):
+        cut, equal = np.uint32(cuts[c, 0]), np.uint32(0)
+        for i in range(count):
+            equal += np.uint32(bits[i] == cut)
+        rest = cuts[c, 1] - seen[c]
+        seen[c] += equal
+        parted |= 0 < rest < equal
+        edge = np.uint32(cut if rest > 0 else min(cuts[c, 0] + 1, NONE))
+        if c == cuts.shape[0] - 1:
+            first = edge
+        else:
+            stop = edge
+    if parted:
+        keep_parted(delta, count, cuts, seen, bits, keep)
+    else:
+        for i in range(count):
+            delta[i] = delta[i] if first <= bits[i] < stop else zero
+
+
+@kernel
+def keep_parted(
+    delta: Array, count: int, cuts: Array, seen: Array, bits: Array, keep: Array
+) -> None:
+    """Finish keep_window where, of the entries equal to a cut, some belong to the largest k.
+
+    seen (C) holds those of this chunk already."""
     last, zero = cuts.shape[0] - 1, delta.dtype.type(0)
     for c in range(last + 1):
         cut, inside, equal = np.uint32(cuts[c, 0]), keep[c], 0
         for i in range(count):
             equal += bits[i] == cut
-        rest = cuts[c, 1] - seen[c]
-        seen[c] += equal
-        if 0 < rest < equal:
-            found = 0
-            for i in range(count):
-                same = bits[i] == cut
-                inside[i] = bits[i] > cut or (same and found < rest)
-                found += same
-        elif rest > 0:
-            for i in range(count):
-                inside[i] = bits[i] >= cut
-        else:
-            for i in range(count):
-                inside[i] = bits[i] > cut
+        rest, found = cuts[c, 1] - (seen[c] - equal), 0
+        for i in range(count):
+            same = bits[i] == cut
+            inside[i] = bits[i] > cut or (same and found < rest)
+            found += same
     inside, outside = keep[last], keep[0]
-    if last == 0:
-        for i in range(count):
-            delta[i] = delta[i] if inside[i] else zero
-    else:
-        for i in range(count):
-            delta[i] = delta[i] if inside[i] and not outside[i] else zero
+    for i in range(count):
+        delta[i] = delta[i] if inside[i] and not (last > 0 and outside[i]) else zero
 
 
 @kernel
