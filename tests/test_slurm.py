@@ -77,24 +77,26 @@ def slurm() -> Iterator[Slurm]:
 class Project:
     """A folder with the repository's pipeline, as a fresh clone has it, and one study."""
 
-    def __init__(self, place: Path, study: str, part_gb: float = 100, **recipes: str) -> None:
-        self.place, self.results = place, place / "results/mine"
+    def __init__(
+        self, place: Path, study: str, part_gb: float = 100, name: str = "mine", **recipes: str
+    ) -> None:
+        self.place, self.name, self.results = place, name, place / "results" / name
         place.mkdir(parents=True, exist_ok=True)
-        for name in ("Snakefile", "workflow", "profiles", "slurm"):
-            path = ROOT / name
+        for part in ("Snakefile", "workflow", "profiles", "slurm"):
+            path = ROOT / part
             if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, place / name, symlinks=True)
+                shutil.copytree(path, place / part, symlinks=True)
             else:
-                shutil.copy2(path, place / name, follow_symlinks=False)
+                shutil.copy2(path, place / part, follow_symlinks=False)
         (place / "slurm/cluster.yaml").write_text(CLUSTER % part_gb)
-        folder = place / "recipes/mine"
+        folder = place / "recipes" / name
         folder.mkdir(parents=True)
-        for name, text in {"study": study, **recipes}.items():
-            (folder / f"{name}.yaml").write_text(text)
+        for file, text in {"study": study, **recipes}.items():
+            (folder / f"{file}.yaml").write_text(text)
 
     def start(self, *arguments: str, executor: str = "slurm") -> subprocess.Popen[str]:
         """Start Snakemake on the study."""
-        command = ["--config", "study=mine", *arguments]
+        command = ["--config", f"study={self.name}", *arguments]
         if executor == "slurm":
             command += ["--profile", "slurm", "--slurm-status-command", "squeue"]
             command += ["--slurm-init-seconds-before-status-checks", "2"]  # instead of 10
@@ -140,7 +142,7 @@ class Project:
 def finished(process: subprocess.Popen[str], code: int = 0) -> str:
     """Wait for Snakemake; what it said."""
     try:
-        text, _ = process.communicate(timeout=900)
+        text, _ = process.communicate(timeout=1800)
     except subprocess.TimeoutExpired:
         process.kill()
         text, _ = process.communicate()
@@ -150,8 +152,8 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def contents(results: Path) -> dict[str, bytes]:
-    """Weights, scores, evidence and findings of a study, by file."""
-    kinds = ("*.safetensors", "*.parquet", "*.jsonl", "findings/*.json", "metrics.json")
+    """Weights, evidence, scores, items, findings, metrics and plots of a study, by file."""
+    kinds = ("*.safetensors", "*.parquet", "*.jsonl", "findings/*.json", "metrics.json", "*.csv")
     found = {path for kind in kinds for path in results.rglob(kind)}
     return {str(path.relative_to(results)): path.read_bytes() for path in sorted(found)}
 
@@ -227,6 +229,27 @@ def test_a_study_gives_the_same_bytes_on_slurm_and_its_merge_is_spread_over_node
         assert (job["Partition"] == "gpu") == models
         assert (job.get("TresPerJob") == "gres:gpu:fake:1") == models
     assert "Nothing to be done" in project.run()
+
+
+def test_the_demo_study_gives_the_same_bytes_on_slurm(slurm: Slurm, tmp_path: Path) -> None:
+    """On one machine first: as `make demo` left it, if it did, else from the start."""
+    files = {path.stem: path.read_text() for path in (ROOT / "recipes/demo").glob("*.yaml")}
+    study = files.pop("study")
+    laptop = Project(tmp_path / "laptop", study, name="demo", **files)
+    project = Project(tmp_path / "slurm", study, name="demo", **files)
+    for place in (laptop.place, project.place):
+        shutil.copytree(ROOT / "recipes/demo/data", place / "recipes/demo/data")
+    if (ROOT / "results/demo").is_dir():
+        shutil.copytree(ROOT / "results/demo", laptop.results)
+    laptop.run(executor="local")
+    project.run()
+    found, expected = contents(project.results), contents(laptop.results)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in found if found[name] != expected[name]] == []
+    assert len(found) == 64
+    jobs = project.jobs(slurm)
+    assert len(jobs) > 20
+    assert {job["JobState"] for job in jobs} == {"COMPLETED"}
 
 
 def halted(project: Project, journal: str = "1-of-1") -> int:
