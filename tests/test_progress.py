@@ -110,4 +110,5 @@ def test_a_download_tells_its_bytes(
         server.pause = 0.05
         hub.download(hub.Pinned("acme/m", commit), tmp_path / "models/m")
     said = capsys.readouterr().err
-    assert re.search(r"^fetch acme/m: [\d.]+ kB of 300 kB \(\d+ %\), [\d.]+ [kM]?B/s", said, re.M), said
+    told = r"^fetch acme/m: [\d.]+ kB of 300 kB \(\d+ %\), [\d.]+ [kM]?B/s"
+    assert re.search(told, said, re.M), said
