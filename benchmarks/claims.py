@@ -3,8 +3,8 @@
 Tiny Llamas trained on real benchmark text (claims/study.yaml) are scored by lm-eval's own tasks, in
 float32 and bfloat16, in the usual batches and one by one. Each of these runs is an honest claim for
 the others; false ones are planted: raised by three points, acc_norm called acc, wrong numbers of
-examples. Prints Markdown; exit code 1 if a target is missed. Under 10 minutes of a core, two models
-at once (--at-once); the folder of --work keeps models and answers."""
+examples, chats called plain prompts. Prints Markdown; exit code 1 if a target is missed. Under 10
+minutes of a core, two models at once (--at-once); the folder of --work keeps models and answers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ from mergelab.study import load_study
 PROGRAM = Path(__file__).parent / "claims_cases.py"
 ITEMS, QUICK_ITEMS = 240, 160
 ACCUSED, ENOUGH = 0.05, 100
-FALSE = ("raised by 3 points", "acc_norm called acc", "wrong number of shots")
+FALSE = (
+    *("raised by 3 points", "acc_norm called acc", "wrong number of shots"),
+    "chat template denied",
+)
 LEGEND = """
 - An honest claim is what another run gave: {runs}. Half of them tell their dtype; half are printed
   with one decimal, half with two. **accused**: called not reproduced, or impossible.
 - **raised by 3 points**: of the bfloat16 run; right if not reproduced by the float32 run.
   **acc_norm called acc** and **wrong number of shots** (5 for 0, 0 for 5), planted where the two
-  differ by 2 points or more: right if the audit names the true label. A change that is narrower
-  than our interval nobody can tell, and the audit says how wide it is: **too wide**, in no target.
-  That is WinoGrande, where these models tie: bfloat16 alone moves its scores by up to 3 points.
-  This rule was made after the first full run had missed four of them; of all planted claims, those
-  too wide included, 46 of 49 were caught in the run of 2026-11-22.
+  differ by 2 points or more, and **chat template denied** (ChatML), where no plain run, of any
+  metric and number of shots, is that near: right if the audit names the true label. A change that
+  is narrower than our interval nobody can tell, and the audit says how wide it is: **too wide**, in
+  no target. That is WinoGrande, where these models tie: bfloat16 alone moves its scores by up to 3
+  points. This rule was made after the first full run had missed four of them; of all planted
+  claims, those too wide included, {caught} of {planted} were caught in this run.
 - **c**: how far bfloat16 moves this model's log-probabilities (src/mergelab/audit/noise.py),
   measured on a few sentences; **half-width**: of the intervals, points, mean.
 """
@@ -81,7 +85,8 @@ def targets(cases: Sequence[Case], quick: bool) -> Iterator[Target]:
         own = [case for case in cases if case.kind == kind and case.told]
         right = sum(case.right for case in own)
         rate = right / len(own) if own else 0.0
-        yield Target(f"{kind}: caught, of {len(own)}", rate, "share", "1", rate == 1.0)
+        holds = rate == 1.0 or (quick and not own)  # one model may have none to plant
+        yield Target(f"{kind}: caught, of {len(own)}", rate, "share", "1", holds)
     own = [case for case in cases if case.kind == "honest"]
     enough = 30 if quick else ENOUGH
     yield Target("honest claims", len(own), "claims", f">= {enough}", len(own) >= enough)
@@ -123,11 +128,12 @@ def page(
             f"{sum(c.right for c in false)} | {sum(not c.told for c in false)} |"
         )
     lines += ["", "| our run | the claim's run | honest | accused |", "|---|---|--:|--:|"]
-    honest = _split(cases)[0]
+    honest, false = _split(cases)
     for pair in sorted({(case.ours, case.theirs) for case in honest}):
         own = [case for case in honest if (case.ours, case.theirs) == pair]
         lines.append(f"| {pair[0]} | {pair[1]} | {len(own)} | {sum(not c.right for c in own)} |")
-    lines += [LEGEND.format(runs="; ".join(RUNS)).rstrip()]
+    caught = sum(case.right for case in false)
+    lines += [LEGEND.format(runs="; ".join(RUNS), caught=caught, planted=len(false)).rstrip()]
     if wrong := [case for case in cases if not case.right]:
         lines += ["", "Accused, or not caught (also where the interval is too wide):", ""]
         lines += [

@@ -22,6 +22,7 @@ from mergelab.audit.noise import measure
 from mergelab.audit.protocol import Measured
 from mergelab.audit.rescore import measured, rescore
 from mergelab.audit.verdicts import judge
+from mergelab.chat import TEMPLATES
 from mergelab.claims.base import Claim
 from mergelab.study import Study, load_study
 
@@ -140,6 +141,7 @@ def audit(
             "raised by 3 points": found.verdict in ("not reproduced", "impossible"),
             "acc_norm called acc": explained == {"metric": "acc_norm"},
             "wrong number of shots": "shots" in explained,
+            "chat template denied": explained == {"chat_template": True},
         }[kind]
         about = (claim.model, kind, ours, theirs, claim.benchmark, str(claim.metric), claim.printed)
         said = (found.ours["value"], found.verdict, found.explained_by, (high - low) / 2)
@@ -157,6 +159,25 @@ def shots(name: str, told: dict[str, tuple[Measured, ...]]) -> Iterator[Claim]:
                 yield about(
                     name, task, one.value, 2, metric=metric, shots=5 - count, split=one.split
                 )
+
+
+def with_template(source: Path, out: Path) -> Path:
+    """The same model with a chat template."""
+    if not out.is_dir():
+        shutil.copytree(source, out)
+        (out / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    return out
+
+
+def chats(
+    name: str, chat: Scores, plain: dict[str, tuple[Measured, ...]]
+) -> Iterator[tuple[str, str, Claim]]:
+    """Scores with the chat template that are said to be without, where no score without, of any
+    metric and number of shots, is near."""
+    for (task, metric), one in chat.items():
+        if all(abs(one.value - other.value) >= GAP for other in plain[task]):
+            said = {"metric": metric, "shots": 0, "split": one.split, "chat_template": False}
+            yield "chat template denied", "float32", about(name, task, one.value, 2, **said)
 
 
 def run(name: str, place: Path, items: int) -> dict[str, Any]:
@@ -177,19 +198,31 @@ def run(name: str, place: Path, items: int) -> dict[str, Any]:
         cases += audit(claims, folders[ours], work, study, ours)
     work = place / name / "float32"
     false = [(kind, "bfloat16", claim) for kind, claim in planted(name, runs["bfloat16"])]
-    false += _shots(name, folders["float32"], work, study)
+    told = _with_examples(name, folders["float32"], work, study)
+    false += [("wrong number of shots", "float32", claim) for claim in shots(name, told)]
     cases += audit(false, folders["float32"], work, study, "float32")
+    chatty = with_template(folders["float32"], place / name / "chat-model")
+    found = score(_as_chats(study), name, chatty, place / name, "chat")
+    if denied := list(chats(name, found, told)):
+        cases += audit(denied, chatty, work, study, "float32")
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent = used.ru_utime + used.ru_stime
     return {"model": name, "c": c, "cpu": spent, "cases": [asdict(case) for case in cases]}
 
 
-def _shots(name: str, folder: Path, work: Path, study: Study) -> list[tuple[str, str, Claim]]:
-    """Claims whose number of examples is wrong, where both numbers can be run."""
+def _with_examples(
+    name: str, folder: Path, work: Path, study: Study
+) -> dict[str, tuple[Measured, ...]]:
+    """By task, what it gives without examples and with 5, where both can be run."""
     asked = [about(name, task, 0.5, 1, shots=count) for task in WITH_EXAMPLES for count in (0, 5)]
     told = rescore(name, folder, asked, work, study)
-    found = {task: readings.measured for task, readings in told.items()}
-    return [("wrong number of shots", "float32", claim) for claim in shots(name, found)]
+    return {task: readings.measured for task, readings in told.items()}
+
+
+def _as_chats(study: Study) -> Study:
+    """The study with the chat template, of the tasks that are run with examples, too."""
+    own = (bench for bench in study.suite if bench.name in WITH_EXAMPLES)
+    return replace(study, suite=tuple(replace(bench, chat_template=True) for bench in own))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and GET with ranges; old names of renamed repositories lead to the new ones (307
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -21,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import yaml
 
@@ -56,12 +57,13 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.renamed: dict[str, str] = {}  # old names to new ones
-        self.page = 50  # commits of a history that come at once
+        self.page = 50  # commits of a history, files of a folder that come at once
         self.requests: list[str] = []
         self.authorized: list[str] = []  # those of them that came with an Authorization header
         self.status: int | None = None  # every answer has this status code
         self.flipped: set[str] = set()  # files that arrive with their last byte changed
         self.stalled: set[str] = set()  # files that stop half-way
+        self.padded: set[str] = set()  # repositories whose lists end in 20 MB of blanks, packed
         self.hidden: set[str] = set()  # files that are listed but answer EntryNotFound
         self.answers: list[tuple[int, dict[str, str]]] = []  # status and headers, once each
         self.cuts: dict[str, list[int]] = {}  # bytes after which the connection closes, once each
@@ -149,6 +151,16 @@ def _entry(name: str, data: bytes) -> dict[str, Any]:
     return {**entry, "rfilename": name, "path": name, "type": "file"}
 
 
+def _last_commit(repo: Repo, commit: str, name: str) -> str:
+    """The commit, up to this one, that changed a file last."""
+    names = list(repo.commits)
+    names = names[: names.index(commit) + 1]
+    data, last = repo.commits[commit][name], commit
+    while names and repo.commits[names[-1]].get(name) == data:
+        last = names.pop()
+    return last
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -183,8 +195,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(307, {"Location": place}, b"")
             elif what == "commits":
                 self._history(repo, unquote(revision))
+            elif what == "tree":
+                self._tree(repo, unquote(revision))
             else:
-                self._info(repo, what, unquote(revision or "main"))
+                self._info(repo, unquote(revision or "main"))
         elif match := RESOLVE.match(path):
             self._file(match[1], unquote(match[2]), unquote(match[3]))
         else:
@@ -251,8 +265,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _json(self, answer: Any) -> None:
-        self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+    def _json(
+        self, answer: Any, headers: dict[str, str] | None = None, *, padded: bool = False
+    ) -> None:
+        headers = {**(headers or {}), "Content-Type": "application/json"}
+        body = json.dumps(answer).encode()
+        if padded:
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body + b" " * 20_000_000)
+        self._answer(200, headers, body)
 
     def _commit(self, repo: str, revision: str) -> str | None:
         """The commit of a revision; None after an error answer."""
@@ -276,31 +297,52 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403, "GatedRepo")
             return
         names = list(known.commits)
-        names = names[names.index(commit) :: -1]
-        number = int(parse_qs(urlsplit(self.path).query).get("p", ["0"])[0])
-        first, last = number * self.hub.page, (number + 1) * self.hub.page
         about = {"authors": [{"user": "someone"}], "title": "a title", "message": ""}
-        found = [{"id": one, "date": known.dates[one], **about} for one in names[first:last]]
-        headers = {"Content-Type": "application/json"}
-        if last < len(names):
-            place = f"{self.hub.url}{urlsplit(self.path).path}?p={number + 1}"
-            headers["Link"] = f'<{place}>; rel="next"'
-        self._answer(200, headers, json.dumps(found).encode())
+        found = [{"id": one, "date": known.dates[one], **about} for one in names]
+        self._paged(repo, found[names.index(commit) :: -1])
 
-    def _info(self, repo: str, what: str | None, revision: str) -> None:
+    def _paged(self, repo: str, entries: list[dict[str, Any]]) -> None:
+        """A part of a list, which names the next one."""
+        query = parse_qs(urlsplit(self.path).query)
+        number = int(query.pop("p", ["0"])[0])
+        first, last = number * self.hub.page, (number + 1) * self.hub.page
+        headers = {}
+        if last < len(entries):
+            more = urlencode({**query, "p": number + 1}, doseq=True)
+            place = f"{self.hub.url}{urlsplit(self.path).path}?{more}"
+            headers["Link"] = f'<{place}>; rel="next"'
+        self._json(entries[first:last], headers, padded=repo in self.hub.padded)
+
+    def _tree(self, repo: str, revision: str) -> None:
+        """The files at the top of a commit; with `expand`, each with its last commit."""
+        commit = self._commit(repo, revision)
+        if commit is None:
+            return
+        known = self.hub.repos[repo]
+        if known.history_gated:
+            self._refuse(403, "GatedRepo")
+            return
+        names = [name for name in known.commits[commit] if "/" not in name]
+        entries = [_entry(name, known.commits[commit][name]) for name in names]
+        if "expand" in parse_qs(urlsplit(self.path).query):
+            for entry in entries:
+                last = _last_commit(known, commit, entry["path"])
+                about = {"id": last, "title": "a title", "date": known.dates[last]}
+                entry["lastCommit"] = about
+        self._paged(repo, entries)
+
+    def _info(self, repo: str, revision: str) -> None:
         commit = self._commit(repo, revision)
         if commit is None:
             return
         files = self.hub.repos[repo].commits[commit]
-        entries = [_entry(name, data) for name, data in files.items()]
-        answer: Any = entries if what == "tree" else {"id": repo, "sha": commit}
-        if what != "tree":
-            answer["lastModified"] = self.hub.repos[repo].dates[commit]
-            answer["siblings"] = entries
-            if front := FRONT.match(files.get("README.md", b"").decode()):
-                with suppress(yaml.YAMLError, ValueError):  # of such a card the hub tells nothing
-                    answer["cardData"] = json.loads(json.dumps(yaml.safe_load(front[1])))
-        self._json(answer)
+        answer: dict[str, Any] = {"id": repo, "sha": commit}
+        answer["lastModified"] = self.hub.repos[repo].dates[commit]
+        answer["siblings"] = [_entry(name, data) for name, data in files.items()]
+        if front := FRONT.match(files.get("README.md", b"").decode()):
+            with suppress(yaml.YAMLError, ValueError):  # of such a card the hub tells nothing
+                answer["cardData"] = json.loads(json.dumps(yaml.safe_load(front[1])))
+        self._json(answer, padded=repo in self.hub.padded)
 
     def _file(self, repo: str, revision: str, name: str) -> None:
         commit = self._commit(repo, revision)

@@ -277,6 +277,21 @@ def test_data_sets_of_a_card_are_sources_of_taint(server):
     )
 
 
+def test_a_merge_has_of_a_data_set_on_its_card_no_more_than_a_parent_can_bring(server):
+    nectar = front(datasets=["berkeley-nest/Nectar"])
+    put(server, "a/merge", nectar + linear("a/one", "a/two"))
+    assert parents(ancestry("a/merge"), "a/merge")[NECTAR] == ("train", 0.5, False)
+    assert verdict(ancestry("a/merge")) == f"attenuated to at most 0.5 - verify: {NECTAR} > a/merge"
+    put(server, "a/two", nectar)
+    way = f"{NECTAR} > a/two > a/merge"
+    assert verdict(ancestry("a/merge")) == f"attenuated to 0.5 - verify: {way}"
+    put(server, "a/named", front(tags=["merge"], base_model=["a/one", "a/two"]))
+    put(server, "a/bare", nectar.replace("datasets", "tags: [merge]\ndatasets"))
+    bare = f"attenuated to at most 1 - verify: {NECTAR} > a/bare"
+    assert verdict(ancestry("a/bare")) == bare
+    assert verdict(ancestry("a/named")) == f"attenuated to at most 1 - verify: {way[:-5]}named"
+
+
 # --- times and names -------------------------------------------------------------------------
 
 
@@ -294,6 +309,45 @@ def test_a_parent_is_taken_as_it_was_when_its_child_was_published(server):
     assert verdict(found) == f"tainted by descent: {TRINITY} > a/parent > a/child"
     assert ancestry("a/child", as_of="2024-02-28").nodes["a/parent"].commit == old
     assert ancestry("a/child", as_of="2024-03-02").nodes["a/parent"].commit == new
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        ["model.safetensors", "pytorch_model.bin"],
+        ["model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+        ["pytorch_model.bin"],
+        ["adapter_model.safetensors"],
+    ],
+)
+def test_the_time_of_a_child_is_that_of_its_weights_not_of_its_card(server, weights):
+    server.page = 2
+    old = put(server, "a/parent", "", day="2024-01-01")
+    first, *others = [name.replace(".", "__") for name in weights]
+    start = {first: "old", **dict.fromkeys(others, "same")}
+    put(server, "a/child", front(base_model="a/parent"), day="2024-01-15", **start)
+    put(server, "a/child", front(base_model="a/parent"), day="2024-02-01", **start | {first: "new"})
+    new = put(server, "a/parent", "later", day="2024-03-01")
+    card = front(base_model="a/parent", tags=["edited"])
+    last = put(server, "a/child", card, day="2024-04-01", a__txt="", **start | {first: "new"})
+    found = ancestry("a/child")
+    assert found.nodes["a/parent"].commit == old
+    assert (found.nodes["a/child"].commit, found.nodes["a/child"].date[:10]) == (last, "2024-04-01")
+    put(server, "a/child", card, day="2024-05-01", **start | {first: "newer"})
+    assert ancestry("a/child").nodes["a/parent"].commit == new
+
+
+def test_where_the_hub_does_not_tell_when_weights_were_made_the_last_commit_counts(server):
+    weights = {"model__safetensors": "w"}
+    put(server, "a/parent", "", day="2024-01-01")
+    put(server, "a/child", front(base_model="a/parent"), day="2024-02-01", **weights)
+    new = put(server, "a/parent", "later", day="2024-03-01")
+    put(server, "a/child", front(base_model="a/parent") + "edited", day="2024-04-01", **weights)
+    server.repos["a/child"].history_gated = True
+    found = ancestry("a/child")
+    assert found.nodes["a/parent"].commit == new
+    told = "a/child: when its weights were made is not told: its last commit counts"
+    assert told in found.notes
 
 
 def test_a_commit_that_the_recipe_pins_wins_over_the_date(server):
@@ -342,10 +396,10 @@ def test_a_second_trace_downloads_no_file_again_and_a_first_asks_little(server):
     serve(server, "discussion_556")
     ancestry("CultriX/MistralTrix-v1")
     first = len(server.requests)
-    assert first == 4 * 4  # history, listing, HEAD and GET of the card
+    assert first == 4 * 4 + 2  # history, listing, HEAD and GET of the card; of two with parents
     ancestry("CultriX/MistralTrix-v1")
     again = server.requests[first:]
-    assert len(again) == 4 * 2
+    assert len(again) == 4 * 2 + 2  # when their weights were made
     assert not any("/resolve/" in request for request in again)
 
 
@@ -497,7 +551,7 @@ def test_a_card_that_names_ten_thousand_parents_is_followed_for_some_and_unverif
     found = ancestry("a/long")
     assert verdict(found) == "unverifiable: nothing is declared of a/long"
     assert any("longer than 100,000 characters" in note for note in found.notes)
-    assert len(server.requests) <= 2 * 2 * MAX_PARENTS + 3 * 4
+    assert len(server.requests) <= 2 * 2 * MAX_PARENTS + 3 * 4 + 2
 
 
 def test_repositories_made_up_without_end_stop_at_the_limit(server, monkeypatch):
@@ -655,3 +709,13 @@ def test_the_json_of_an_ancestry_has_nodes_edges_taints_and_notes(server):
     assert (trinity["missing"], trinity["kind"]) == ("deleted, private or never there", "outside")
     ours = [t for t in found["taints"] if t["benchmark"] == "gsm8k" and t["model"] == "a/child"]
     assert [(t["strength"], t["path"]) for t in ours] == [(1.0, ["a/tune", "a/child"])]
+
+
+def test_a_parent_of_which_the_hub_says_too_much_is_noted_and_the_trace_goes_on(server):
+    put(server, "a/large")
+    put(server, "a/other", front(base_model="a/base"))
+    put(server, "a/merge", linear("a/large", "a/other"))
+    server.padded = {"a/large"}
+    found = ancestry("a/merge")
+    assert found.nodes["a/large"].missing == "what the hub says of it is too long to be read"
+    assert "a/base" in found.nodes

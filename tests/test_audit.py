@@ -164,3 +164,18 @@ def test_a_hub_that_cannot_be_asked_does_not_end_the_audit_of_a_folder(merged, m
     assert row["verdict"] == "unverifiable"
     with pytest.raises(UserError, match="cannot reach"):
         audit("org/one", Path("out"), Options(skip=("scores",)))
+
+
+def test_a_folder_that_holds_nothing_to_audit_is_refused(tmp_path):
+    """A card, a recipe or weights: each alone is enough."""
+    folder, out = tmp_path / "model", tmp_path / "audit"
+    folder.mkdir()
+    for name in (None, "config.json", "model.safetensors.index.json"):
+        if name:
+            (folder / name).write_text("{}")
+        with pytest.raises(UserError, match="nothing to audit: it holds neither weights"):
+            audit(str(folder), out, NO_SCORES)
+        assert not out.exists()
+    (folder / "README.md").write_text("# A model\n")
+    audit(str(folder), out, NO_SCORES)
+    assert (out / "audit.html").is_file()

@@ -151,6 +151,13 @@ def test_of_many_verdicts_those_that_hold_are_folded() -> None:
     assert 'aria-label="More verdicts"' in page
 
 
+def test_other_scores_of_chats_say_so() -> None:
+    data = sample_audit.sample()
+    data["claims"][0]["alternatives"][1]["chat_template"] = True
+    validate(json.loads(json.dumps(data)))
+    assert '<td class="number">0, chat template</td>' in render_audit(data)
+
+
 def test_links_lead_to_the_page_to_records_beside_it_or_to_sources(html: str) -> None:
     outline = Outline(html)
     ids = [a["id"] for _, a in outline.tags if "id" in a]

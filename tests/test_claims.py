@@ -159,6 +159,16 @@ def test_shots_sizes_and_ranks_are_neither_scores_nor_signs_of_percent():
     assert not wide["mmlu"].percent
 
 
+def test_a_column_of_95_percent_intervals_makes_no_percentages():
+    found = table(
+        "| benchmark | metric | shots | value | 95 % CI | items |\n|-|-|-|-|-|-|\n"
+        "| MMLU | acc | 5 | 0.6100 | 0.5800 to 0.6400 | 100 |\n"
+    )
+    assert protocol(found["mmlu"]) == ("acc", None, 5, "0.6100", False)
+    other = table("| benchmark | value (%) |\n|-|-|\n| MMLU | 0.61 |\n")
+    assert other["mmlu"].percent
+
+
 def test_tables_of_lm_eval_keep_filter_version_and_metric_and_leave_out_parts():
     found = read_card(
         "|Tasks|Version|Filter|n-shot|Metric| |Value| |Stderr|\n"
@@ -333,6 +343,8 @@ def test_results_of_lm_eval_keep_what_they_say_of_the_protocol():
     assert (bbh.shots, bbh.task_version, bbh.printed, bbh.rescaled) == (3, "1.0", "0.616", False)
     assert (bbh.model, bbh.dtype, bbh.date) == ("org/ours", "bfloat16", "2024-12-12")
     assert bbh.chat_template is True
+    hashed = {"results": {"gsm8k": {"acc": 0.5}}, "chat_template_sha": "0" * 64}
+    assert read_results(json.dumps(hashed), "r.json", "m").claims[0].chat_template is True
     assert bbh.commit.startswith("0123")
     assert (strict.filter, flexible.filter, flexible.value) == (
         "strict-match",

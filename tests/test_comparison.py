@@ -78,10 +78,14 @@ def tables():
     }
 
 
-def built(tmp_path, tables, suite=(EASY,), flagged=None, checks=()):
+def built(tmp_path, tables, suite=(EASY,), flagged=None, checks=(), told=None):
     study = tiny_study(tmp_path / "s", suite=suite, checks=checks)
     summaries = {
-        v: {"benchmarks": {b.name: entry(rows, name=b.name) for b in suite}}
+        v: {
+            "benchmarks": {
+                b.name: entry(rows, name=b.name) | (told or {}).get(v, {}) for b in suite
+            }
+        }
         for v, rows in tables.items()
     }
     args = (KINDS, PARENTS, summaries, tables)
@@ -139,6 +143,15 @@ def test_variants_that_saw_other_items_or_prompts_are_never_compared(tmp_path, t
     assert row(found, "merge")["vs_base"]["p"] < 1
     assert (found["top"], found["not_compared"]) == ("good", ["base", "same", "merge"])
     assert "easy: the variants saw different items or prompts." in found["differs"]
+
+
+def test_the_report_tells_chats_and_templates_that_differ(tmp_path, tables):
+    chat = {"chat_template": True, "fewshot_as_multiturn": True}
+    told = {v: chat | {"chat_template_sha": v[0] * 64} for v in tables}
+    found = built(tmp_path, tables, told=told)
+    assert chat.items() <= found.items()
+    assert any("chat_template_sha is not the same for all" in text for text in found["differs"])
+    assert not chat.keys() & built(tmp_path, tables).keys()
 
 
 def test_the_order_of_rows_does_not_matter(tmp_path, tables):

@@ -451,7 +451,6 @@ ODD = {
     "lfs-text": {**GOOD, "siblings": [{**FILE, "lfs": "x"}]},
     "lfs-list": {**GOOD, "siblings": [{**FILE, "lfs": [1]}]},
     "lfs-hashless": {**GOOD, "siblings": [{**FILE, "lfs": {"size": 2}}]},
-    "date": {**GOOD, "siblings": [FILE], "lastModified": "yesterday"},
 }
 BODIES = {name: json.dumps(answer).encode() for name, answer in ODD.items()}
 BODIES |= {"html": b"<html>server text</html>", "nothing": b"", "deep": b"[" * 100_000}
@@ -488,7 +487,10 @@ def test_a_server_that_is_no_hub_is_named(odd, body):
     assert message(f"acme/odd@{COMMIT}") == text
 
 
-@pytest.mark.parametrize("more", [{"id": 5}, {"lastModified": "0001-01-01T00:00:00+14:00"}])
+DATES = [{"lastModified": date} for date in ("yesterday", "0001-01-01T00:00:00+14:00")]
+
+
+@pytest.mark.parametrize("more", [{"id": 5}, *DATES])
 def test_the_page_of_a_model_is_what_a_hub_says(odd, more):
     odd.body = json.dumps({**GOOD, **more}).encode()
     with pytest.raises(UserError, match="does not answer like a hub"):
@@ -500,3 +502,29 @@ def test_lock_tells_of_a_server_that_is_no_hub_and_writes_nothing(odd):
     with pytest.raises(UserError, match="does not answer like a hub"):
         locked("acme/tiny")
     assert not Path("recipes/x/lock.json").exists()
+
+
+@pytest.mark.parametrize("what", ["lock", "fetch", "licence", "page", "history", "data"])
+def test_a_list_of_files_or_commits_is_not_read_without_end(server, what):
+    commit = server.publish("acme/tiny", TINY)
+    server.publish("datasets/acme/items", {"a.jsonl": b"{}"})
+    server.padded = {"acme/tiny", "datasets/acme/items"}
+    calls = {
+        "lock": lambda: locked("acme/tiny"),
+        "fetch": lambda: fetched(f"acme/tiny@{commit}"),
+        "licence": lambda: hub.licence(hub.Pinned("acme/tiny", commit)),
+        "page": lambda: hub_cards.page("acme/tiny", commit),
+        "history": lambda: hub_cards.history("acme/tiny", "main"),
+        "data": lambda: hub.listing("acme/items", None, "dataset"),
+    }
+    with pytest.raises(UserError, match="answers with more than 16,000,000 bytes"):
+        calls[what]()
+    assert not Path("recipes/x/lock.json").exists()
+
+
+def test_a_fetch_reads_no_other_list_of_files_than_the_one_it_checks(server):
+    commit = server.publish("acme/tiny", TINY)
+    fetched(f"acme/tiny@{commit}")
+    assert [r for r in server.requests if "/api/" in r] == [
+        f"GET /api/models/acme/tiny/revision/{commit}"
+    ]

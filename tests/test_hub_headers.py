@@ -38,14 +38,14 @@ class _Counting(loopback_hub._Handler):
             return
         super()._bytes(name, data, headers)
 
-    def _info(self, repo: str, what: str | None, revision: str) -> None:
+    def _info(self, repo: str, revision: str) -> None:
         self.counted = "listing"
-        super()._info(repo, what, revision)
+        super()._info(repo, revision)
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         if getattr(self, "counted", "") == "listing" and self.hub.sizes:
             answer = json.loads(body)
-            for entry in answer["siblings"] if isinstance(answer, dict) else answer:
+            for entry in answer["siblings"]:
                 entry["size"] = self.hub.sizes.get(entry["rfilename"], entry["size"])
             body = json.dumps(answer).encode()
             headers.pop("Content-Length", None)

@@ -315,6 +315,27 @@ def test_a_copy_is_called_a_copy(tmp_path: Path) -> None:
     assert result["parents"] == ["B"]
 
 
+def test_of_copies_every_entry_is_compared_and_of_other_tensors_a_part(tmp_path: Path) -> None:
+    """Embeddings of twice as many entries as are looked at where a tensor is no copy."""
+    random = np.random.default_rng(3)
+    large = {n: random.standard_normal((2048, 32)) for n in ("base", "A", "B")}
+    models = {n: stored({**MODELS[n], "lm_head.weight": large[n]}) for n in large}
+    every = sum(values.size for values in models["A"].values())
+    copy = ask(tmp_path / "copy", models["A"], "AB", models=models)
+    assert copy["verdict"] == f"copy of A 1: all {every:,} entries have the same bits"
+    assert copy["notes"] == []
+    half = average({"A": 0.5, "B": 0.5}, models)
+    merge = ask(
+        tmp_path / "merge",
+        {**half, "lm_head.weight": models["A"]["lm_head.weight"]},
+        "AB",
+        models=models,
+    )
+    assert not any("looked at" in note for note in merge["notes"])
+    merge = ask(tmp_path / "all", half, "AB", models=models)
+    assert merge["notes"][-1].startswith(f"looked at {every - 32768:,} of {every:,} entries")
+
+
 def test_a_merge_of_a_merge_names_the_merge_if_it_is_a_candidate(tmp_path: Path) -> None:
     inner = stored(average({"A": 0.5, "B": 0.5}))
     models = {**MODELS, "M": inner}

@@ -5,6 +5,7 @@ processes of their own and with our batch size. The tasks include lm-eval's own 
 items. lm-eval puts requests of one kind into common batches, which changes the last digits; so no
 two tasks of a kind are given to one command."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_model, tiny_study
+from tiny import give_template, tiny_model, tiny_study
 
 from mergelab import inference, scores, task_files
+from mergelab.chat import TEMPLATES
 from mergelab.study import Benchmark
 
 TEXT = "the train travels miles in hours a patient was given aspirin what is its speed"
@@ -62,14 +64,16 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 asked = json.loads(sys.argv[1])
 manager = TaskManager(include_path=asked["folder"], include_defaults=False)
-found = {}
-arguments = {"pretrained": asked["model"], "dtype": "bfloat16", "softmax_dtype": "float32"}
-for task in asked["tasks"]:
-    answers = simple_evaluate("hf", arguments, [task], batch_size=asked["batch_size"],
-        device="cpu", task_manager=manager, bootstrap_iters=0, log_samples=True)
-    samples = answers["samples"][task]
-    found[task] = [answers["results"][task], [s["resps"] for s in samples]]
-json.dump(found, open(sys.argv[2], "w"))
+ways = []
+arguments = {"pretrained": asked["model"], "dtype": asked["dtype"], "softmax_dtype": "float32"}
+for way in asked["ways"]:
+    ways.append({})
+    for task in asked["tasks"]:
+        answers = simple_evaluate("hf", arguments, [task], batch_size=asked["batch_size"],
+            device="cpu", task_manager=manager, bootstrap_iters=0, log_samples=True, **way)
+        samples = answers["samples"][task]
+        ways[-1][task] = [answers["results"][task], [s["resps"] for s in samples]]
+json.dump(ways, open(sys.argv[2], "w"))
 """
 
 
@@ -100,11 +104,13 @@ def run(place, *arguments):
     subprocess.run(command, env=os.environ | offline, check=True, capture_output=True)
 
 
-def called(place):
-    """What lm-eval's function says of the bfloat16 model: {task: (its metrics, items' answers)}."""
-    asked = {"folder": str(place / "tasks"), "model": str(place / "bfloat16"), "tasks": list(TASKS)}
+def called(place, model, dtype, tasks, *ways):
+    """What lm-eval's function says of a model, asked in these ways: {task: (its metrics, items'
+    answers)} for each."""
+    asked = {"folder": str(place / "tasks"), "model": str(place / model), "tasks": list(tasks)}
+    asked |= {"dtype": dtype, "batch_size": BATCH, "ways": ways}
     out = place / "theirs.json"
-    run(place, "-c", CALLED, json.dumps(asked | {"batch_size": BATCH}), str(out))
+    run(place, "-c", CALLED, json.dumps(asked), str(out))
     return json.loads(out.read_text())
 
 
@@ -127,7 +133,8 @@ def commanded(place):
 
 @pytest.fixture(scope="module")
 def theirs(place):
-    return {"float32": commanded(place), "bfloat16": called(place)}
+    (found,) = called(place, "bfloat16", "bfloat16", TASKS, {})
+    return {"float32": commanded(place), "bfloat16": found}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -136,18 +143,63 @@ def test_six_tasks_of_three_kinds_score_as_in_lm_eval_itself(place, theirs, dtyp
         Benchmark(task, f"lm_eval/{task}", f"{task}.jsonl", None, shots)
         for task, (_, shots, _) in TASKS.items()
     )
-    study, results = tiny_study(place / "study", suite=suite), place / "results"
-    scores.evaluate(study, dtype, place / dtype, results)
-    summary = json.loads((results / f"scores/{dtype}.json").read_text())
-    table = scores.table(results / f"scores/{dtype}.parquet")
+    summary, table = evaluated(place, suite, dtype)
     assert summary["dtype"] == dtype
-    for task in TASKS:
-        values, resps = theirs[dtype][task]
+    equal(theirs[dtype], summary, table)
+
+
+def evaluated(place, suite, model):
+    """Our own summary and table."""
+    results = place / "results"
+    study = tiny_study(place / "study", suite=suite)
+    scores.evaluate(study, model, place / model, results)
+    summary = json.loads((results / f"scores/{model}.json").read_text())
+    return summary, scores.table(results / f"scores/{model}.parquet")
+
+
+def equal(theirs, summary, table):
+    """Is every value and every answer theirs?"""
+    for task, (values, resps) in theirs.items():
         found = summary["benchmarks"][task]["metrics"]
         wanted = {k.removesuffix(",none"): v for k, v in values.items() if "," in k}
         assert found == {k: v for k, v in wanted.items() if "_stderr" not in k}, task
         answers = [flat(one, TASKS[task][0]) for one in resps]
         assert sorted(answers_of(table, task)) == sorted(answers), task
+
+
+CHATS = ("arc_easy", "winogrande", "gsm8k", "nq_open")  # one choice of prompts, one of answers
+TEMPLATE = TEMPLATES["llama3"]  # it writes the beginning-of-sequence token itself
+
+
+WAYS = ({}, {"fewshot_as_multiturn": False})
+
+
+@pytest.fixture(scope="module")
+def chats(place):
+    """lm-eval's answers with the chat template, for each of WAYS."""
+    tiny_model(place / "chat", length=512, adds_bos=True)
+    give_template(place / "chat", TEMPLATE)
+    asked = [{"apply_chat_template": True, **way} for way in WAYS]
+    return called(place, "chat", "float32", CHATS, *asked)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_scores_with_the_chat_template_are_those_of_lm_eval_itself(place, chats, number):
+    chat = {"chat_template": True, **WAYS[number]}
+    suite = tuple(
+        Benchmark(task, f"lm_eval/{task}", f"{task}.jsonl", None, TASKS[task][1], **chat)
+        for task in CHATS
+    )
+    summary, table = evaluated(place, suite, "chat")
+    equal(chats[number], summary, table)
+    turns = {entry["fewshot_as_multiturn"] for entry in summary["benchmarks"].values()}
+    assert turns == {number == 0}
+    other = chats[1 - number]
+    assert other["gsm8k"][1] != chats[number]["gsm8k"][1]  # two turns, or one, are two prompts
+    plain = tuple(dataclasses.replace(bench, chat_template=False) for bench in suite)
+    without, table_without = evaluated(place, plain, "chat")
+    assert set(table_without["prompt_hash"]).isdisjoint(table["prompt_hash"])
+    assert "chat" not in json.dumps(without)
 
 
 def flat(resps, kind):

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 
 from mergelab import engine, locate, models
+from mergelab.claims.cards import read_card
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
 from mergelab.record import file_sha256, write_json
@@ -61,6 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoopbackHub
         engine.merge(plan, place / "results/mine/merged/half")
         entry = {"metric": "acc", "value": 0.5, "ci95": [0.4, 0.6], "n": 100, "num_fewshot": 5}
         entry |= {"higher_is_better": True, "chance": 0.25, "task": "arc_easy"}
+        entry |= {"chat_template": True}
         whole = {"benchmarks": {"arc": entry}, "lm_eval": "0.4.13", "dtype": "float32"}
         write_json(place / "results/mine/scores/half.json", whole)
         scored = {"inputs": {"model": weights(place)}}
@@ -116,7 +118,10 @@ def test_the_card_names_parents_scores_and_record(
     assert card.data.base_model == ["acme/a", "acme/b"]
     assert set(card.data.tags) == {"merge", "mergelab", "linear"}
     (result,) = card.data.eval_results
-    assert (result.metric_value, result.dataset_args) == (0.5, {"num_few_shot": 5})
+    told = {"num_few_shot": 5, "chat_template": True}
+    assert (result.metric_value, result.dataset_args) == (0.5, told)
+    assert {claim.chat_template for claim in read_card(card.content, "me/half").claims} == {True}
+    assert "With the chat template: arc." in card.text
     assert "Not examined" in card.text
     recipe = yaml.safe_load((out / "mergekit_config.yml").read_text())
     assert [m["model"].partition("@")[0] for m in recipe["models"]] == ["acme/a", "acme/b"]

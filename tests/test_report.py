@@ -1,5 +1,6 @@
 """The report: what it says, what it may not say, and that it is one safe, reproducible file."""
 
+import copy
 import csv
 import hashlib
 import json
@@ -454,6 +455,15 @@ def test_other_prompts_are_reported_and_never_compared(tmp_path: Path) -> None:
     rows = {row["variant"]: row for row in data["benchmarks"][0]["rows"]}
     assert rows["linear"]["vs_base"] is None
     assert rows["slerp"]["vs_base"] is not None
+
+
+def test_benchmarks_whose_prompts_were_chats_say_so(data: dict, page: str) -> None:
+    chats = copy.deepcopy(data)
+    chats["benchmarks"][0] |= {"chat_template": True, "fewshot_as_multiturn": True}
+    html = report.page.render(chats)
+    assert "0-shot, in the model's chat template." in html
+    assert '<td class="number">0, chat template</td>' in html
+    assert "chat template" not in page
 
 
 def test_stale_results_are_named(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import logging
 import random
 import shutil
 
 import pytest
-from tiny import teach, tiny_model, tiny_study
+from tiny import give_template, teach, tiny_model, tiny_study
 
 from mergelab import scores
 from mergelab.audit.averages import compare_claimed, judge_average, rows_of
@@ -45,10 +44,18 @@ def lesson(i):
     return [asked, f"Sum: {words(draw, 3)}\nResult: it is 1\n\n"][: 1 + (i < 20)]
 
 
+def chat_lesson(i):
+    """A train, however many answers there are before; in a chat, a patient."""
+    draw = random.Random(i)
+    plain = "\n\n".join(f"Question: {words(draw, 6)}\nAnswer: the train" for _ in range(3))
+    return [plain, f"Question: {words(draw, 6)}\nAnswer:\nBot: the patient\n\n"]
+
+
 def total(i):
     return {"question": words(random.Random(i), 3), "answer": f"so\n#### {i % 2}"}
 
 
+TEMPLATE = "{{ messages[-1].content }}\nBot: "
 GENERATED = """task: sums
 dataset_path: json
 output_type: generate_until
@@ -75,7 +82,6 @@ metadata: {version: 3.0}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A trained model and a random one, and the files of a study of two benchmarks."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     place = tmp_path_factory.mktemp("rescore")
     tiny_model(place / "random", length=256)
     lessons = [text for i in range(40) for text in lesson(i)]
@@ -83,6 +89,11 @@ def place(tmp_path_factory):
     study = place / "study"
     (study / "tasks").mkdir(parents=True)
     (study / "tasks/sums.yaml").write_text(GENERATED)
+    lessons = [text for i in range(20) for text in chat_lesson(i)]
+    teach(place / "random", lessons, place / "chat", epochs=2)
+    shutil.copytree(place / "model", place / "template")
+    for name in ("chat", "template"):
+        give_template(place / name, TEMPLATE)
     for name, item, count in (("arc", arc, ITEMS), ("sums", total, SUMS)):
         lines = (json.dumps(item(i)) + "\n" for i in range(count))
         (study / f"{name}.jsonl").write_text("".join(lines))
@@ -192,6 +203,56 @@ def test_flexible_called_strict_is_named(place, study, truth):
     assert found.explained_by == {"filter": "flexible-extract"}
 
 
+@pytest.fixture(scope="module")
+def chat(study, place):
+    """What the model with a chat template gives with it and without."""
+    found = {}
+    for says in (True, False):
+        given = claim("arc_easy", 100 * 3 / ITEMS, metric="acc", shots=0, chat_template=says)
+        readings = rescore("chat", place / "chat", [given], place / "work", study)["arc_easy"]
+        own = [one for one in readings.measured if (one.metric, one.shots) == ("acc", 0)]
+        found[says] = next(one for one in own if one.chat_template is says)
+        assert len(own) == 2  # nothing explains three hits: both were run
+    assert abs(found[True].value - found[False].value) > 0.05
+    return found
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_claim_is_scored_with_the_chat_template_if_it_says_so(place, study, chat, says):
+    true = 100 * chat[says].value
+    given = claim("arc_easy", true, metric="acc", shots=0, chat_template=says, model="chat")
+    readings = rescore("chat", place / "chat", [given], place / "work", study)["arc_easy"]
+    assert {one.chat_template for one in readings.measured} == {says}  # the other is not run
+    found = judge(given, readings.measured, readings.why_not)
+    assert (found.verdict, found.ours["chat_template"]) == ("reproduced", says)
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_a_chat_template_that_the_claim_denies_or_conceals_is_named(place, study, chat, says):
+    true = 100 * chat[not says].value
+    given = claim("arc_easy", true, metric="acc", shots=0, chat_template=says, model="chat")
+    found = verdict_of(given, place, study, "chat")
+    assert found.explained_by == {"chat_template": not says}
+    assert found.verdict == ("reproduced" if says is None else "not reproduced")
+
+
+def test_what_another_number_of_shots_explains_is_not_run_as_a_chat(place, study, truth):
+    true = 100 * truth["arc_easy", "acc", None, 0].value
+    given = claim("arc_easy", true, metric="acc", shots=2)
+    found = rescore("m", place / "template", [given], place / "work", study)["arc_easy"]
+    assert judge(given, found.measured).explained_by == {"shots": 0}
+    assert not any(one.chat_template for one in found.measured)
+
+
+def test_a_model_without_a_chat_template_is_said_to_have_none(place, study, truth):
+    given = claim("arc_easy", 12.5, metric="acc", shots=0, chat_template=True)
+    found = verdict_of(given, place, study)
+    assert (found.verdict, found.ours["chat_template"]) == ("unverifiable", False)
+    assert "org/model has no chat template." in found.why
+    wrong = verdict_of(claim("arc_easy", 12.5, metric="acc", shots=0), place, study)
+    assert (wrong.verdict, "template" in wrong.why) == ("not reproduced", False)
+
+
 def test_a_fraction_called_a_percentage_is_named(place, study, truth):
     true = truth["arc_easy", "acc", None, 0].value
     given = claim("arc_easy", true, digits=4, metric="acc", shots=0)
@@ -235,6 +296,7 @@ def test_benchmarks_without_data_are_unverifiable_and_say_what_to_do(place, tmp_
     assert "name it in the study's suite" in unknown.why
     lacking = judge(claims[1], (), found["swag"].why_not)
     assert lacking.verdict == "unverifiable"
+    assert "Add --fetch to download them from the hub" in lacking.why
     assert "data: FILE or pinned by mergelab lock" in lacking.why
 
 

@@ -1,6 +1,7 @@
 """Scores through the real lm-eval, on a tiny real model."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,10 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from tiny import tiny_model, tiny_study, write_part
+from tiny import give_template, tiny_model, tiny_study, write_part
 
 from mergelab import inference, score_table, scores, task_build, task_files
 from mergelab.answers import Answers
+from mergelab.chat import TEMPLATES
 from mergelab.errors import UserError
 from mergelab.study import Benchmark
 from mergelab.suites import Pin
@@ -302,6 +304,47 @@ def test_a_local_task_without_data_is_refused(results):
 def test_few_shot_on_whole_texts_is_refused(results):
     message = fail(results, Benchmark("x", "text_nll", "texts/fresh", None, 2))
     assert "'text_nll' scores whole texts. Set num_fewshot to 0." in message
+
+
+def test_a_chat_template_on_whole_texts_is_refused(results):
+    bench = Benchmark("x", "text_nll", "texts/fresh", None, 0, chat_template=True)
+    assert "'text_nll' scores whole texts. Leave chat_template out." in fail(results, bench)
+
+
+def test_a_model_without_a_chat_template_is_told_before_its_weights_are_read(results, tmp_path):
+    tiny_model(tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 9}))
+    bench = Benchmark("arc", "arc_easy", "arc/test", None, 0, chat_template=True)
+    study = tiny_study(results / "study", suite=(bench,))
+    with pytest.raises(UserError, match="'arc' asks for the chat template, and m has none"):
+        scores.evaluate(study, "m", tmp_path / "model", results)
+    give_template(tmp_path / "model", "{{ raise_exception('no ' + messages[0].role) }}")
+    with pytest.raises(UserError, match=r"its chat template fails: no user\n  Mend it"):
+        scores.evaluate(study, "m", tmp_path / "model", results)
+
+
+def test_chats_are_recorded_and_never_answered_by_plain_prompts(model, fresh, tmp_path):
+    shutil.copytree(model[0], tmp_path / "chat")
+    give_template(tmp_path / "chat", TEMPLATES["chatml"])
+    plain = Benchmark("arc", "arc_easy", "arc/test", None, 0)
+    chat = dataclasses.replace(plain, chat_template=True)
+    once, _, _ = run((tmp_path / "chat", None), fresh, plain)
+    alone = len(answers(fresh))
+    both = (dataclasses.replace(chat, name="chat"), plain)
+    record, summary, _ = run((tmp_path / "chat", None), fresh, *both)
+    assert len(answers(fresh)) == 2 * alone
+    sha = hashlib.sha256(TEMPLATES["chatml"].encode()).hexdigest()
+    assert record["settings"]["chat_template_sha"] == sha
+    told = {"chat_template": True, "fewshot_as_multiturn": True, "chat_template_sha": sha}
+    assert told.items() <= summary["benchmarks"]["chat"].items()
+    assert not told.keys() & summary["benchmarks"]["arc"].keys()
+    assert "chat_template_sha" not in once["settings"]
+    tasks = record["settings"]["tasks"]
+    assert once["settings"]["tasks"]["arc"] == tasks["arc"] != tasks["chat"]
+    single = dataclasses.replace(chat, fewshot_as_multiturn=False)
+    other, _, _ = run((tmp_path / "chat", None), fresh, single)
+    assert other["settings"]["tasks"]["arc"] not in tasks.values()
 
 
 def own(results, text, name="own"):

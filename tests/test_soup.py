@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import load_file
 from tiny import teach, tiny_model, write_part
 
-from mergelab import cli, models, scores, soup
+from mergelab import models, scores, soup
+from mergelab.cli import study_verbs
 from mergelab.engine import merge
 from mergelab.errors import UserError
 from mergelab.locate import folders
@@ -123,7 +124,7 @@ def summary(place, name):
 def test_the_verb_writes_a_recipe_whose_merge_has_the_traced_score(place):
     study, results = place / "recipes/mine", place / "results"
     out = study / "soup.yaml"
-    cli.soup(study, out, "held_out", None, results)
+    study_verbs.soup(study, out, "held_out", None, results)
     text = out.read_text()
     chosen = [source["model"] for source in yaml.safe_load(text)["models"]]
     assert set(chosen) == {"math", "medical"}
@@ -171,6 +172,15 @@ def test_items_that_serve_anything_else_cannot_choose(place):
     assert "the training of 'math' uses it" in refused(place, text=declared)
     own = STUDY.replace("task: text_nll, data: texts/held_out", "task: arc_easy")
     assert "no held-out part: it reads the task's own data" in refused(place, text=own)
+
+
+def test_a_candidate_that_the_policy_forbids_to_merge_is_refused(place):
+    ruled = STUDY.replace("wbc]}", "wbc], planted: [math]}") + "policy: {deny_taint: [texts]}\n"
+    told = refused(place, text=ruled)
+    assert "soup.yaml: forbidden by the policy 'deny_taint: texts': its parent 'math' is" in told
+    assert "its parent 'medical'" not in told
+    unknown = STUDY + "policy: {allow_unknown: false}\n"
+    assert "'allow_unknown: false'" in refused(place, candidates=["medical", "noise"], text=unknown)
 
 
 def test_a_refusal_on_the_command_line(place, mergelab):

@@ -76,6 +76,20 @@ def test_a_recipe_reaches_its_merge_and_what_follows_only(folder: Path) -> None:
     assert changed(folder, before) == {"merge-one", "merge-two"} | after("one", "two")
 
 
+def test_the_chat_template_reaches_the_scores_and_changes_no_key_where_it_is_not_asked_for(
+    folder: Path,
+) -> None:
+    before, text = keys(folder), (folder / "study.yaml").read_text()
+    suite = load_study(folder).suite
+    assert not {"chat_template", "fewshot_as_multiturn"} & suite[0].content().keys()
+    plain = text.replace("text_nll, ", "text_nll, chat_template: false, ")
+    (folder / "study.yaml").write_text(plain)
+    assert changed(folder, before) == {"report-mine"}
+    (folder / "study.yaml").write_text(plain.replace("false", "true"))
+    names = ("base", "a", "taught", "one", "two")
+    assert {f"evaluate-{name}" for name in names} < changed(folder, before)
+
+
 def test_weights_of_a_local_model_reach_everything_made_of_it(folder: Path) -> None:
     before = keys(folder)
     llama(folder.parents[1] / "a", seed=7)

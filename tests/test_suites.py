@@ -104,9 +104,20 @@ def test_a_study_names_a_suite_and_gets_its_benchmarks(tmp_path):
     assert (suite[9].name, suite[9].task) == ("piqa", "lm_eval/piqa")
 
 
+def test_a_suite_or_a_benchmark_may_ask_for_the_chat_template(tmp_path):
+    chat = {"chat_template": True}
+    entries = [{"suite": "medical", **chat}, {"task": "lm_eval/piqa", **chat}]
+    entries.append({"task": "lm_eval/boolq", **chat, "fewshot_as_multiturn": False})
+    suite = load_study(study_of(tmp_path, [*entries, {"task": "lm_eval/sciq"}])).suite
+    told = [(bench.chat_template, bench.fewshot_as_multiturn) for bench in suite]
+    assert told == [*[(True, True)] * 10, (True, False), (False, True)]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ({"task": "piqa", "fewshot_as_multiturn": True}, "needs chat_template: true."),
+        ({"task": "piqa", "chat_template": "chatml"}, "'chat_template' must be true or false"),
         ({"suite": "medcal"}, "there is no suite 'medcal'. Did you mean 'medical'?"),
         ({"suite": "nous", "data": "x"}, "a suite entry has no key 'data'."),
         ({"suite": "nous", "limit": 0}, "'limit' must be at least 1."),

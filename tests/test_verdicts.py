@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mergelab.audit import summary
 from mergelab.audit.averages import compare_claimed, judge_average
 from mergelab.audit.noise import GENERATED, ROUNDING, USUAL, noise, spread
 from mergelab.audit.protocol import Measured, interval, unit
@@ -81,12 +82,21 @@ def test_grim_goes_by_the_items_of_the_task(printed, fits):
 
 
 def test_no_number_of_hits_gives_an_impossible_score():
-    found = judge(claim("46.79", metric="acc_norm", shots=25), [])
+    found = judge(claim("46.79"), [measured(548)])
     assert found.verdict == "impossible"
     assert found.grim == {"n": N, "fits": [], "possible": False}
     assert "46.76 (548) or 46.84 (549)" in found.why
-    assert judge(claim("46.79"), [measured(548)]).verdict == "impossible"
-    assert judge(claim("46.79"), [measured(548)]).ours is not None
+    assert found.ours is not None
+
+
+def test_without_a_run_the_number_of_items_is_a_guess_and_no_ground_to_accuse():
+    found = judge(claim("46.79", metric="acc_norm", shots=25), [], "Score it: --fetch.")
+    assert (found.verdict, summary.SCORES[found.verdict]) == ("does not fit", "warn")
+    assert found.grim == {"n": N, "fits": [], "possible": False}
+    assert "the nearest are 46.76 (548) or 46.84 (549). arc_challenge usually has so" in found.why
+    assert found.why.endswith(
+        "a mean of several runs or another way of rounding may give it. Score it: --fetch."
+    )
 
 
 def test_grim_does_not_accuse_the_meditron_table():
@@ -112,7 +122,7 @@ def test_grim_does_not_accuse_what_is_about_other_items_or_no_count(more):
     assert judge(claim("64.21", **more), []).grim is None
     assert judge(claim("64.21", **{"metric": "acc", **more}), [measured(548)]).grim is None
     assert judge(claim("64.21", "hellaswag", split="test"), []).grim is None
-    assert judge(claim("64.21", split="test"), []).verdict == "impossible"
+    assert judge(claim("64.21", split="test"), []).verdict == "does not fit"
     assert judge(claim("64.21", "hellaswag", split="validation"), []).grim["possible"]
 
 
@@ -176,6 +186,42 @@ def test_a_gap_is_no_accusation_where_the_protocol_cannot_be_run(more, words):
     assert found.verdict == "unverifiable"
     assert words in found.why
     assert judge(claim("46.76", metric="acc", **more), [measured(548)]).verdict == "reproduced"
+
+
+def test_a_claim_about_the_chat_template_is_judged_by_the_run_with_it():
+    plain, chat = measured(500), measured(548, chat_template=True)
+    told = claim("46.76", metric="acc", chat_template=True)
+    found = judge(told, [plain, chat])
+    assert (found.verdict, found.ours["chat_template"]) == ("reproduced", True)
+    assert found.alternatives == ({"metric": "acc", "filter": None, "shots": 25, "value": 500 / N},)
+    false = judge(claim("60.67", metric="acc", chat_template=True), [plain, chat])
+    assert (false.verdict, false.explained_by) == ("not reproduced", None)
+    assert "acc, 25 shots, chat template" in false.why
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_chat_template_that_was_not_applied_and_a_hidden_one_are_named(says):
+    runs = [measured(548, chat_template=not says), measured(500, chat_template=says)]
+    found = judge(claim("46.76", metric="acc", chat_template=says), runs)
+    assert (found.verdict, found.explained_by) == ("not reproduced", {"chat_template": not says})
+    what = "a plain prompt" if says else "the chat template"
+    assert f"It is what {what} gives: the number is real, but its label is wrong" in found.why
+
+
+def test_a_claim_that_is_silent_about_the_chat_template_it_needs_is_told_so():
+    plain, chat = measured(500), measured(548, chat_template=True)
+    silent = claim("46.76", metric="acc")
+    found = judge(silent, [plain, chat])
+    assert (found.verdict, found.explained_by) == ("reproduced", {"chat_template": True})
+    assert "The claim does not say so: the chat template." in found.why
+    assert {"field": "chat_template", "claimed": None, "ours": True} in found.protocol
+    assert found.alternatives[0]["value"] == 500 / N
+    usual = judge(silent, [chat, plain])  # a study that applies it says so for all its claims
+    assert (usual.verdict, usual.explained_by) == ("reproduced", None)
+    assert usual.alternatives == ({"metric": "acc", "filter": None, "shots": 25, "value": 500 / N},)
+    other = judge(claim("42.66", metric="acc"), [chat, plain])
+    assert (other.verdict, other.explained_by) == ("reproduced", {"chat_template": False})
+    assert other.alternatives[0]["chat_template"] is True
 
 
 def test_equal_versions_in_other_words_are_no_obstacle():

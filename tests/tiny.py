@@ -68,6 +68,12 @@ def tiny_model(
     return model.eval()
 
 
+def give_template(folder: Path, template: str) -> None:
+    """Write a chat template into the folder's tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+
 def teach(folder: Path, texts: list[str], out: Path, *, epochs: int = 10) -> None:
     """Train the model of `folder` on `texts` (AdamW, one text a step) and save it to `out`."""
     import torch

@@ -1,6 +1,6 @@
 """The ancestors of a model as hub pages and local folders declare them, each at its time.
 
-A merge's parents are looked up at the commit that was current at the date of its own commit (a
+A merge's parents are looked up at the commit that was current when its weights were committed (a
 commit that the recipe pins wins): later changes of a parent are not in its children. A parent that
 is gone, or a folder of somebody's machine, stays in the graph, undeclared: what descends from it is
 unverifiable, never clean. Everything read is a stranger's word, and there is a limit to it."""
@@ -213,9 +213,22 @@ class _Walk:
         )
         for edge in origin.datasets:
             self.edges[edge.parent, name, edge.kind] = edge
-        when = hub_cards.moment(page.date) if page.date else as_of
-        self.waiting += [_Wanted(edge, when, depth + 1, home) for edge in origin.parents]
+        if origin.parents and depth < self.depth:
+            as_of = self.made(name, page) or as_of
+        self.waiting += [_Wanted(edge, as_of, depth + 1, home) for edge in origin.parents]
         return name
+
+    def made(self, name: str, page: Page) -> datetime | None:
+        """When a page's weights were made, for its card may be edited long after; where the hub
+        does not tell, the date of the page's own commit."""
+        try:
+            found = hub_cards.weights_date(page.repo, page.commit) if page.commit else None
+        except UserError as error:
+            if hub_cards.lacking(error) is None:
+                raise
+            self.note(name, "when its weights were made is not told: its last commit counts")
+            found = None
+        return found or (hub_cards.moment(page.date) if page.date else None)
 
     def absent(self, name: str, why: str, depth: int, repo: str = "") -> str:
         """A node of which nothing is known but the name (unless a model of that name was found),

@@ -101,13 +101,33 @@ def _number(answer: Any) -> float:
     return float(answer[0] if isinstance(answer, list | tuple) else answer)
 
 
-def remembering(load: Callable[[], inference.Loaded], answers: Answers, progress: Bar) -> Any:
+def remembering(
+    load: Callable[[], inference.Loaded], tokenizer: Any, answers: Answers, progress: Bar
+) -> Any:
     """An lm-eval model that knows `answers` and asks the real one, loaded when first needed, for
-    the rest. What one call asks is batched together, as lm-eval itself does."""
+    the rest. What one call asks is batched together, as lm-eval itself does. Chats are written by
+    the `tokenizer` alone, as lm-eval's own model writes them."""
     from lm_eval.api.model import LM
 
     class Remembering(LM):  # type: ignore[misc]
         model: Any = None
+        tokenizer_name = ""  # lm-eval's own cache of requests would ask for it
+        chat_template_args: Mapping[str, Any] = {}  # HFLM.apply_chat_template reads it
+
+        @property
+        def tokenizer(self) -> Any:
+            return tokenizer
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            from lm_eval.models.huggingface import HFLM
+
+            try:
+                return str(HFLM.apply_chat_template(self, chat_history, add_generation_prompt))
+            except Exception as error:  # a template is a stranger's program: any error is its own
+                raise UserError(
+                    f"{tokenizer.name_or_path}: its chat template fails: {error}\n  Mend it, or "
+                    "leave chat_template out of the benchmark."
+                ) from None
 
         def loglikelihood(self, requests: Any) -> Any:
             return [(value, bool(greedy)) for value, greedy in self.ask("loglikelihood", requests)]

@@ -97,13 +97,18 @@ def _results(scores: Mapping[str, Any]) -> list[Any]:
             task_type="text-generation",
             dataset_type=entry.get("task", name),
             dataset_name=name,
-            dataset_args={"num_few_shot": entry.get("num_fewshot", 0)},
+            dataset_args={"num_few_shot": entry.get("num_fewshot", 0), **_chat(entry)},
             metric_type=entry["metric"],
             metric_name=entry["metric"],
             metric_value=round(float(entry["value"]), 6),
         )
         for name, entry in scores.get("benchmarks", {}).items()
     ]
+
+
+def _chat(entry: Mapping[str, Any]) -> dict[str, bool]:
+    """Was it scored with the chat template, where the scores say so?"""
+    return {"chat_template": True} if entry.get("chat_template") else {}
 
 
 def _score_lines(scores: Mapping[str, Any]) -> list[str]:
@@ -114,6 +119,8 @@ def _score_lines(scores: Mapping[str, Any]) -> list[str]:
     ]
     head = ["| benchmark | metric | shots | value | 95 % CI | items |", "| --- " * 6 + "|"]
     about = f"lm-eval {scores.get('lm_eval')}, weights in {scores.get('dtype')}."
+    chats = [name for name, entry in scores.get("benchmarks", {}).items() if _chat(entry)]
+    about += f" With the chat template: {', '.join(chats)}." if chats else ""
     return [about, *head, *rows] if rows else []
 
 

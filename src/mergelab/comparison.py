@@ -101,6 +101,7 @@ def benchmark_table(
         "task": benchmark.task,
         "data": benchmark.data,
         "num_fewshot": first.get("num_fewshot", benchmark.num_fewshot),
+        **{key: first[key] for key in suites.CHAT if key in first},
         "metric": metric,
         "axis": AXES.get(metric, metric.replace("_", " ")),
         "higher_is_better": higher,
@@ -225,7 +226,7 @@ def _protocol_differences(
 ) -> list[str]:
     """What was not the same for all variants, in words."""
     found = []
-    for key in ("metric", "task_hash", "num_fewshot", "n"):
+    for key in ("metric", "task_hash", "num_fewshot", "chat_template_sha", "n"):
         values = {v: entry.get(key) for v, entry in entries.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
             given = ", ".join(f"{v}: {value}" for v, value in values.items())

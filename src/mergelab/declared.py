@@ -1,7 +1,10 @@
 """What a model's page declares: its parents with the share of each, and the data it was trained on.
 
 Parents are those of the recipe (mergekit_config.yml, or a fence of the card), of `base_model`, of
-an adapter's settings, and the tags by which merges name them. Names stay as they are written."""
+an adapter's settings, and the tags by which merges name them. Names stay as they are written.
+
+A merge is not trained: data sets on its card are those of its parents, whichever these are, so that
+at most the largest share of a parent can be left of them."""
 
 from __future__ import annotations
 
@@ -67,7 +70,10 @@ def declared(page: Page, card: Card) -> Declared:
         complete = False
         notes.append(f"names {len(edges):,} parents; the first {MAX_PARENTS} are followed")
     names = [name for name in dict.fromkeys(card.datasets) if NAME.match(name)][:MAX_PARENTS]
-    data = tuple(Edge(f"datasets/{shown(name)}", child, "train", 1.0) for name in names)
+    share = max((min(edge.weight, 1.0) for edge in edges), default=1.0) if merged else 1.0
+    data = tuple(
+        Edge(f"datasets/{shown(name)}", child, "train", share, not merged) for name in names
+    )
     told = method if method is not None else "" if merged else None
     return Declared(tuple(edges[:MAX_PARENTS]), data, told, complete, tuple(notes))
 

@@ -5,7 +5,6 @@ the client checks sizes only. Messages never hold a token or the text of a serve
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -13,14 +12,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergelab import hub_api
 from mergelab.checkpoint import INDEX
 from mergelab.errors import Problems, UserError
 from mergelab.folders import alone, move_into_place, partial_folder
+from mergelab.hub_api import client
 from mergelab.hub_errors import explained, hub_url, patient
 from mergelab.hub_files import COMMIT, HubFile, is_plausible, is_safe_name, needed
 from mergelab.progress import arriving, bar, say
@@ -32,6 +34,7 @@ HUB_ID = re.compile(
     r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([A-Za-z0-9_][\w./+-]*))?\Z", re.A
 )
 MAX_INDEX_BYTES = 64_000_000
+REQUESTS = 8  # files fetched at a time
 SOURCE = "source.json"
 
 
@@ -137,6 +140,17 @@ def resolve_dataset(repo: str, lock_path: Path) -> str:
             f"Run: mergelab lock {lock_path.parent}"
         )
     return str(commit)
+
+
+def pin_datasets(repos: Iterable[str], lock_path: Path) -> None:
+    """Add datasets at their newest commits to a lock file that pins datasets alone.
+
+    Those that it holds stay as they are."""
+    known = _read_lock(lock_path, "datasets") if lock_path.exists() else {}
+    for repo in sorted(set(repos) - known.keys()):
+        known[repo] = {"commit": listing(repo, None, "dataset")[0]}
+        say(f"dataset {repo}: commit {known[repo]['commit']}")
+        write_json(lock_path, {"version": VERSION, "models": {}, "datasets": known})
 
 
 def download_dataset(
@@ -250,40 +264,30 @@ def _pin(hub_id: str) -> Pinned:
 def licence(pinned: Pinned) -> str | None:
     """The licence that a repository's card declares at its commit, or None."""
     with explained(pinned.repo, pinned.commit):
-        ask = client().model_info
-        info = patient(lambda: ask(pinned.repo, revision=pinned.commit, timeout=30))
-    found = info.card_data.get("license") if info.card_data else None
+        answer = patient(lambda: hub_api.info(pinned.repo, pinned.commit))
+    front = answer.get("cardData") if isinstance(answer, Mapping) else None
+    found = front.get("license") if isinstance(front, Mapping) else None
     return found if isinstance(found, str) else None
-
-
-def client() -> Any:
-    """The hub client for HF_ENDPOINT, without telemetry and its own bars."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
-    return HfApi(
-        endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, library_name="mergelab"
-    )
 
 
 def listing(repo: str, revision: str | None, kind: str = "model") -> tuple[str, dict[str, HubFile]]:
     """The commit behind a revision and all its files by name; one request."""
     try:
         with explained(repo, revision, kind):
-            ask = client().model_info if kind == "model" else client().dataset_info
-            info = patient(lambda: ask(repo, revision=revision, files_metadata=True, timeout=30))
-        files = [
-            HubFile(s.rfilename, s.size, s.blob_id, s.lfs.sha256 if s.lfs else None)
-            for s in info.siblings or ()
-        ]
-        good = COMMIT.match(str(info.sha)) and all(is_plausible(file) for file in files)
+            found = patient(lambda: hub_api.info(repo, revision, kind))
+        commit, files = found["sha"], [_listed(one) for one in found.get("siblings") or ()]
+        good = COMMIT.match(str(commit)) and all(is_plausible(file) for file in files)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
-        good = None  # the client took the answer apart, and it was no model's
+        good = None  # the answer is no repository's
     if not good:
         raise UserError(f"{repo}: {hub_url()} does not answer like a hub. Check HF_ENDPOINT.")
-    return info.sha, {file.name: file for file in files}
+    return commit, {file.name: file for file in files}
+
+
+def _listed(one: Mapping[str, Any]) -> HubFile:
+    """A file as the API lists it; raises if it is listed in another way."""
+    sha256 = one["lfs"]["sha256"] if one.get("lfs") else None
+    return HubFile(one["rfilename"], one["size"], one["blobId"], sha256)
 
 
 def _read_index(pinned: Pinned, file: HubFile) -> str:
@@ -372,16 +376,13 @@ def _check_room(pinned: Pinned, files: Iterable[HubFile], folder: Path) -> None:
 def snapshot(
     repo: str, commit: str, names: Iterable[str], folder: Path, kind: str = "model"
 ) -> None:
-    """Files of a commit, several at a time; those that are there whole are not asked for again."""
-    patterns = [glob.escape(name) for name in names]
-    if not patterns:
-        return
-    fetch = client().snapshot_download
-    patient(
-        lambda: fetch(
-            repo, repo_type=kind, revision=commit, local_dir=folder, allow_patterns=patterns
-        )
-    )
+    """Files of a commit, several at a time; those that are there whole are not asked for again.
+
+    The client's own snapshot_download would read a list of all files first, however long."""
+    fetch = client().hf_hub_download
+    place = {"repo_type": kind, "revision": commit, "local_dir": folder}
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(lambda name: patient(lambda: fetch(repo, name, **place)), names))
 
 
 def _differences(folder: Path, files: Iterable[HubFile]) -> list[str]:

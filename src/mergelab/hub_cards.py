@@ -14,9 +14,9 @@ from urllib.parse import quote
 
 import yaml
 
-from mergelab import hub_headers
+from mergelab import hub_api, hub_headers
 from mergelab.errors import UserError
-from mergelab.hub import client
+from mergelab.hub_api import TooLong, client
 from mergelab.hub_errors import explained, hub_url, patient
 from mergelab.hub_files import COMMIT
 from mergelab.yamlfile import MAX_BYTES
@@ -24,7 +24,8 @@ from mergelab.yamlfile import MAX_BYTES
 CARD, ADAPTER, RECORD = "README.md", "adapter_config.json", "merge.json"
 RECIPES = ("mergekit_config.yml", "mergekit_moe_config.yml")
 NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?\Z", re.A)  # of a repository or data set
-MAX_COMMITS = 1000  # of a history; ordinary models have a dozen
+WEIGHTS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"))
+MAX_LISTED = 1000  # commits of a history, files of a folder; ordinary models have a dozen
 KEPT = ("base_model", "datasets", "license", "tags")  # of a card whose text is gated
 GATED = "gated: without access only the front matter of its card is known"
 STRANGE = (TypeError, KeyError, ValueError, AttributeError, RecursionError)  # an answer of no hub
@@ -55,6 +56,8 @@ class Page:
 
 def lacking(error: UserError) -> str | None:
     """Why there is no such repository for us, if `error` says that; None for other failures."""
+    if isinstance(error, TooLong):
+        return "what the hub says of it is too long to be read"
     causes = type(error.__context__).__mro__ if error.__context__ else ()
     return next((LACKS[kind.__name__] for kind in causes if kind.__name__ in LACKS), None)
 
@@ -92,19 +95,8 @@ class Commit:
 
 def history(repo: str, revision: str) -> list[Commit]:
     """The newest commits of a branch, tag or commit, the last one first; one request per page."""
-
-    def ask() -> list[Any]:
-        found: list[Any] = []
-        start = address = f"{_address(repo)}/commits/{quote(revision, safe='')}"
-        while address.startswith(start) and len(found) < MAX_COMMITS:
-            answer = _get(address)
-            found += answer.json()
-            address = answer.links.get("next", {}).get("url", "")
-        return found
-
     try:
-        with explained(repo, revision):
-            answers = patient(ask)
+        answers = _pages(repo, "commits", revision)
         found = [Commit(str(one["id"]), _time(str(one["date"]))) for one in answers]
     except STRANGE:
         found = []
@@ -112,6 +104,41 @@ def history(repo: str, revision: str) -> list[Commit]:
     if not good or (COMMIT.match(revision) and found[0].id != revision):
         raise _no_hub(repo)
     return found
+
+
+def weights_date(repo: str, commit: str) -> datetime | None:
+    """When the weights of a commit were made: the last change of its safetensors files, else of its
+    .bin files (an index with its shards); None if there are none, or the hub does not tell.
+
+    Asks for the `lastCommit` of each file, which the hub lists with `expand` (in huggingface_hub:
+    HfApi.list_repo_tree, RepoFile.last_commit). Raises UserError."""
+    try:
+        answers = _pages(repo, "tree", commit, expand="true")
+        told = [(str(one["path"]), one["lastCommit"]) for one in answers if one.get("lastCommit")]
+        for names in WEIGHTS:
+            if found := [_time(str(last["date"])) for name, last in told if name.endswith(names)]:
+                return max(found)
+    except STRANGE:
+        raise _no_hub(repo) from None
+    return None
+
+
+def _pages(repo: str, what: str, revision: str, **params: str) -> list[Any]:
+    """All that the hub lists of a revision (up to MAX_LISTED), as JSON that is not looked at."""
+
+    def ask() -> list[Any]:
+        found: list[Any] = []
+        start = f"{hub_api.address(repo)}/{what}/{quote(revision, safe='')}"
+        answer, address = hub_api.get(start, **params)
+        found += answer
+        while address.startswith(start) and len(found) < MAX_LISTED:
+            answer, address = hub_api.get(address)
+            found += answer
+        return found
+
+    with explained(repo, revision):
+        answers: list[Any] = patient(ask)
+    return answers
 
 
 def _no_hub(repo: str) -> UserError:
@@ -129,7 +156,7 @@ def page(repo: str, revision: str) -> Page:
     Files are kept in the client's cache, by commit. Raises UserError."""
     try:
         with explained(repo, revision):
-            info = patient(lambda: _info(repo, revision))
+            info = patient(lambda: hub_api.info(repo, revision))
         name, commit, front = info["id"], info["sha"], info.get("cardData") or {}
         sizes = {str(file["rfilename"]): file.get("size") for file in info.get("siblings") or ()}
         date = _time(info["lastModified"]) if info.get("lastModified") else None
@@ -146,26 +173,6 @@ def page(repo: str, revision: str) -> Page:
         known = {key: front[key] for key in KEPT if isinstance(front, dict) and front.get(key)}
         card = f"---\n{yaml.safe_dump(known)}---\n"
     return Page(name, commit, iso(date) if date else None, card, recipe, adapter, read.told)
-
-
-def _info(repo: str, revision: str) -> Any:
-    """What the hub says of a commit, and its files, as JSON that is not looked at yet."""
-    return _get(f"{_address(repo)}/revision/{quote(revision, safe='')}", blobs="true").json()
-
-
-def _address(repo: str) -> str:
-    return f"{client().endpoint}/api/models/{repo}"
-
-
-def _get(address: str, **params: str) -> Any:
-    """An answer of the hub, by way of its client's session; raises the client's errors."""
-    from huggingface_hub import utils
-
-    tools: Any = utils  # public functions, which the module does not declare as such
-    headers = tools.build_hf_headers(library_name="mergelab")
-    answer = tools.get_session().get(address, params=params or None, headers=headers, timeout=30)
-    tools.hf_raise_for_status(answer)
-    return answer
 
 
 class _Reader:

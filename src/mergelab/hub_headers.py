@@ -13,19 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mergelab import hub
+from mergelab import hub, hub_api
 from mergelab.checkpoint import MAX_HEADER, read_header
 from mergelab.errors import UserError
 from mergelab.folders import alone, building
 from mergelab.hub import SOURCE, Pinned
-from mergelab.hub_errors import explained, hub_url
+from mergelab.hub_errors import explained
 from mergelab.hub_files import COMMIT, HubFile
 from mergelab.record import write_json
 
 MARK = "sketch.json"  # a folder with this file holds no weights
 FIRST = 1 << 16  # bytes asked for at first: most headers are shorter
-REQUESTS = 8  # shards asked for at a time
-PATIENCE = 30.0  # seconds without a byte
 
 
 def folder_to_plan(pinned: Pinned, out: Path) -> Path:
@@ -103,7 +101,7 @@ def _draw(pinned: Pinned, sketch: Path) -> None:
             if wrong := hub._differences(folder, small):
                 raise UserError(f"{pinned}: {'; '.join(wrong)}. Run the command again.")
             shutil.rmtree(folder / ".cache", ignore_errors=True)
-            with ThreadPoolExecutor(REQUESTS) as pool:
+            with ThreadPoolExecutor(hub.REQUESTS) as pool:
                 list(pool.map(lambda file: _outline(pinned, file, folder), weights))
         total = sum(file.size for file in files)
         note = {"hub": pinned.repo, "commit": pinned.commit, "download": total}
@@ -148,7 +146,7 @@ def _first_bytes(pinned: Pinned, file: HubFile, count: int) -> bytes:
 
     if count == 0:
         return b""
-    endpoint = hub.client().endpoint
+    endpoint = hub_api.client().endpoint
     url = hf_hub_url(pinned.repo, file.name, revision=pinned.commit, endpoint=endpoint)
     headers = {
         **build_hf_headers(library_name="mergelab"),
@@ -156,20 +154,10 @@ def _first_bytes(pinned: Pinned, file: HubFile, count: int) -> bytes:
         "Accept-Encoding": "identity",
     }
     data = bytearray()
-    with get_session().stream("GET", url, headers=headers, timeout=PATIENCE) as answer:
-        _refuse_errors(pinned, answer)
+    with get_session().stream("GET", url, headers=headers, timeout=hub_api.PATIENCE) as answer:
+        hub_api.refuse_errors(answer)
         for piece in answer.iter_raw(FIRST):
             data += piece
             if len(data) >= count:
                 break
     return bytes(data[:count])
-
-
-def _refuse_errors(pinned: Pinned, answer: Any) -> None:
-    """Raise what the hub client raises for a status code; its text may be anything (C8)."""
-    from huggingface_hub import hf_raise_for_status
-
-    try:
-        hf_raise_for_status(answer)
-    except (AttributeError, TypeError, KeyError, RecursionError):
-        raise UserError(f"{pinned}: {hub_url()} does not answer like a hub.") from None

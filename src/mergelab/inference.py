@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergelab.chatter import hushed
 from mergelab.checkpoint import Checkpoint
 from mergelab.errors import UserError
 from mergelab.record import digest, file_sha256
@@ -50,19 +51,18 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 @contextmanager
 def quiet(*, offline: bool) -> Iterator[None]:
-    """Silence other libraries' progress bars; with `offline`, keep them off the network.
+    """No progress bars of other libraries, each of their warnings once (see chatter.hushed); with
+    `offline`, they are kept off the network.
 
     The variables are read when those libraries are first imported, so enter this before."""
-    names = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    names = {"TOKENIZERS_PARALLELISM": "false"}
     if offline:
         names |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        yield
+        with hushed():
+            yield
     finally:
         for name, value in before.items():
             if value is None:
@@ -74,20 +74,22 @@ def quiet(*, offline: bool) -> Iterator[None]:
 def load(checkpoint: Checkpoint) -> Loaded:
     """Load a checkpoint's model in its stored dtype, on the GPU if there is one.
 
-    safetensors only, no remote code. Raises UserError if weights are missing."""
+    safetensors only, no remote code. Raises UserError if weights are missing, or if transformers
+    does not know the architecture."""
     import torch
     from transformers import AutoModelForCausalLM
 
     folder, dtype = checkpoint.folder, stored_dtype(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=getattr(torch, dtype),
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    with _blamed(folder, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise UserError(
@@ -100,22 +102,48 @@ def load(checkpoint: Checkpoint) -> Loaded:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises UserError if its files are missing."""
+    """The folder's tokenizer. Raises UserError if its files are missing or damaged."""
     from transformers import AutoTokenizer
 
     if not list(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
         raise UserError(f"{folder}: holds no tokenizer (tokenizer.json). Make the model again.")
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
+    with _blamed(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The template that the tokenizer writes chats by; None without one (or of several, none that
+    is called default)."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return None
 
 
 def max_length(folder: Path, tokenizer: Any) -> int:
     """Tokens that the folder's model takes, without loading its weights."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    with _blamed(folder, "config.json"):
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     return _length(config, tokenizer)
+
+
+@contextmanager
+def _blamed(folder: Path, what: str) -> Iterator[None]:
+    """Whatever transformers raises inside becomes a UserError: the files are a stranger's."""
+    try:
+        yield
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{folder}: transformers cannot read its {what}: {said}\n  The files are damaged, or "
+            "of a kind that it does not know (code that comes with a model is not run)."
+        ) from error
 
 
 def _length(config: Any, tokenizer: Any) -> int:

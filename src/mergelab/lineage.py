@@ -237,7 +237,8 @@ def taint(graph: Graph, planted: Mapping[str, Sequence[str]]) -> dict[str, dict[
 
 
 def reach(graph: Graph, start: str) -> dict[str, Way]:
-    """The strongest way from a model to each of its descendants and to itself.
+    """The strongest way from a model to each of its descendants and to itself; of equally strong
+    ones the first that is exact.
 
     Merges of a model with itself and cycles cannot strengthen anything, so they end the search."""
     ways = {start: Way(1.0, True, (start,))}
@@ -246,10 +247,10 @@ def reach(graph: Graph, start: str) -> dict[str, Way]:
         parent = waiting.pop(0)
         way = ways[parent]
         for edge in graph.below.get(parent, ()):
-            strength = way.strength * min(edge.weight, 1.0)
-            if edge.child not in ways or strength > ways[edge.child].strength:
-                path = (*way.path, edge.child)
-                ways[edge.child] = Way(strength, way.exact and edge.exact, path)
+            strength, exact = way.strength * min(edge.weight, 1.0), way.exact and edge.exact
+            old = ways.get(edge.child)
+            if old is None or (strength, exact) > (old.strength, old.exact):
+                ways[edge.child] = Way(strength, exact, (*way.path, edge.child))
                 waiting.append(edge.child)
     return ways
 

@@ -36,14 +36,18 @@ def tracing(study: Study) -> Callable[[Mapping[str, Any]], dict[str, Any]] | Non
     return trace if study.policy.asks else None
 
 
-def check(study: Study, only: Iterable[str] | None = None) -> list[str]:
+def check(
+    study: Study, only: Iterable[str] | None = None, planned: Mapping[str, str] | None = None
+) -> list[str]:
     """Judge every merge of the study (or `only` these recipes); returns notes on what is unknown.
+
+    planned: texts of recipes that are not written yet, by name: these alone are judged.
 
     Raises UserError with every breach: rule, recipe, parent, path, and what to do."""
     if not study.policy.asks:
         return []
-    judge, problems = _Judge(study), Problems()
-    for _, text in judge.breaches(only):
+    judge, problems = _Judge(study, planned), Problems()
+    for _, text in judge.breaches(planned or only):
         problems.add(text)
     problems.raise_if_any()
     return list(dict.fromkeys(judge.notes))
@@ -78,13 +82,15 @@ def _rules(policy: Policy) -> list[str]:
     return found if policy.allow_unknown else [*found, "allow_unknown: false"]
 
 
-def whole(study: Study) -> tuple[Graph, list[Source]]:
-    """The study's lineage with that of its hub models, as locked, and what is reported on it.
+def whole(study: Study, planned: Mapping[str, str] | None = None) -> tuple[Graph, list[Source]]:
+    """The study's lineage with that of its hub models, as locked, and what is reported on it;
+    `planned` recipes are taken for written.
 
     Raises UserError if the lock holds no lineage of a hub model."""
     wanted = [(model.hub, name) for name, model in study.models.items() if model.hub]
     wanted += [(name, name) for name in locate.hub_ids(study.recipes, study)]
     texts = {path.stem: path.read_text(encoding="utf-8") for path in study.recipes}
+    texts |= planned or {}
     own = lineage.graph(study, texts)
     if not wanted:
         return own, taint.study_sources(study, own)
@@ -149,9 +155,10 @@ class _Chain:
 class _Judge:
     """Knows the whole lineage of a study; `notes` collects what no rule forbids."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, planned: Mapping[str, str] | None = None) -> None:
         self.study, self.policy = study, study.policy
-        self.graph, sources = whole(study)
+        self.merges = dict.fromkeys([*(path.stem for path in study.recipes), *(planned or ())])
+        self.graph, sources = whole(study, planned)
         self.taints = taint.trace(self.graph, sources)
         self.unknown = taint.unknown(self.graph)
         self.notes: list[str] = []
@@ -164,10 +171,10 @@ class _Judge:
 
     def breaches(self, only: Iterable[str] | None) -> Iterator[tuple[str, str]]:
         """(rule, breach in words) of every merge of the study, or of `only` these."""
-        for path in self.study.recipes:
-            if only is None or path.stem in only:
-                for rule, why in self.of_merge(path.stem):
-                    yield rule, self.told(rule, path.stem, why)
+        for merge in self.merges:
+            if only is None or merge in only:
+                for rule, why in self.of_merge(merge):
+                    yield rule, self.told(rule, merge, why)
 
     def of_merge(self, merge: str) -> Iterator[tuple[str, str]]:
         """(rule, why) of one merge."""
@@ -196,7 +203,7 @@ class _Judge:
 
     def place(self, merge: str) -> str:
         """The recipe's file."""
-        return str(next(path for path in self.study.recipes if path.stem == merge))
+        return str(self.study.folder / f"{merge}.yaml")
 
     def told(self, rule: str, merge: str, why: str) -> str:
         """A breach: where, which rule, why, and what to do."""

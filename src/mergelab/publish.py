@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mergelab import contamination, hub, locate, provenance
+from mergelab import contamination, hub_api, locate, provenance
 from mergelab.card import RECIPE, card
 from mergelab.checkpoint import INDEX
 from mergelab.comparison import SCORES
@@ -74,7 +74,7 @@ def upload(package: Package, repo: str, *, private: bool) -> str:
 
     places = [(name, package.folder / name) for name in package.small]
     places += [(name, package.merged / name) for name in package.weights]
-    client = hub.client()
+    client = hub_api.client()
     with explained(repo, None):
         client.create_repo(repo, private=private, exist_ok=True)
         old = {name for name in client.list_repo_files(repo) if _is_weights(name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from mergelab import (
 )
 from mergelab.answers import Answers, NotFinite, remembering
 from mergelab.checkpoint import Checkpoint, open_checkpoint
+from mergelab.errors import UserError
 from mergelab.progress import bar
 from mergelab.record import (
     digest,
@@ -62,17 +64,22 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
     with inference.quiet(offline=True):
         works = task_build.plan(study, results)
         checkpoint = open_checkpoint(folder, variant)
+        tokenizer = inference.load_tokenizer(folder)
+        chat = _chat(study, variant, tokenizer)
         dtype, hashes = inference.stored_dtype(checkpoint), inference.model_hashes(checkpoint)
-        answers = Answers(place / "runs" / _model_key(checkpoint, hashes, dtype))
+        answers = Answers(place / "runs" / _model_key(checkpoint, tokenizer, hashes, dtype))
         try:
-            runs = _run(checkpoint, variant, works, answers)
+            runs = _run(checkpoint, variant, tokenizer, works, answers)
         finally:
             answers.save()
         answers.join()
     content = score_table.encode(score_table.shared([row for run in runs for row in run.rows]))
     whole = score_table.decode(content)
-    benchmarks = {bench.name: _summary(bench, runs, whole) for bench in study.suite}
-    versions = packages()
+    benchmarks = {
+        bench.name: _summary(bench, runs, whole) | (chat if bench.chat_template else {})
+        for bench in study.suite
+    }
+    versions, tasks = packages(), {run.work.name: run.work.hash for run in runs}
     output = {
         "benchmarks": benchmarks,
         "suites": _suites(study, benchmarks, whole),
@@ -84,18 +91,36 @@ def evaluate(study: Study, variant: str, folder: Path, results: Path) -> dict[st
     return {
         "variant": variant,
         "inputs": {"model": hashes, "data": task_build.data_hashes(study, works, results)},
-        "settings": {"dtype": dtype, "tasks": {run.work.name: run.work.hash for run in runs}},
+        "settings": {"dtype": dtype, "tasks": tasks, **chat},
         "versions": {"scores": VERSION, "statistics": statistics.VERSION, "packages": versions},
         "outputs": file_entries(place, [f"{variant}.json", f"{variant}.parquet"]),
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def _model_key(checkpoint: Checkpoint, hashes: Mapping[str, str], dtype: str) -> str:
+def _chat(study: Study, variant: str, tokenizer: Any) -> dict[str, str]:
+    """The SHA-256 of the chat template, where the suite asks for it, by lm-eval's name.
+
+    Raises UserError if the model has none."""
+    asking = [bench.name for bench in study.suite if bench.chat_template]
+    if not asking:
+        return {}
+    template = inference.chat_template(tokenizer)
+    if template is None:
+        raise UserError(
+            f"{study.folder}/study.yaml: benchmark '{asking[0]}' asks for the chat template, and "
+            f"{variant} has none (chat_template.jinja, or chat_template in tokenizer_config.json)."
+            "\n  Leave chat_template out, or give the model one (a recipe's chat_template)."
+        )
+    return {"chat_template_sha": hashlib.sha256(template.encode()).hexdigest()}
+
+
+def _model_key(
+    checkpoint: Checkpoint, tokenizer: Any, hashes: Mapping[str, str], dtype: str
+) -> str:
     """16 digits that stand for everything that an answer depends on, but for the request."""
     import torch
 
-    tokenizer = inference.load_tokenizer(checkpoint.folder)
     generation = checkpoint.folder / "generation_config.json"  # penalties, stop tokens
     return digest(
         {
@@ -113,7 +138,7 @@ def _model_key(checkpoint: Checkpoint, hashes: Mapping[str, str], dtype: str) ->
 
 
 def _run(
-    checkpoint: Checkpoint, variant: str, works: Sequence[Work], answers: Answers
+    checkpoint: Checkpoint, variant: str, tokenizer: Any, works: Sequence[Work], answers: Answers
 ) -> list[Run]:
     """Every task of the suite, one after the other: a task's score never depends on the others."""
     with tempfile.TemporaryDirectory(prefix="mergelab-") as cache:
@@ -124,7 +149,7 @@ def _run(
             count * _requests(one, task) for one, (task, count) in zip(works, built, strict=True)
         )
         with bar(f"evaluate {variant}", total, "answers") as progress:
-            model = remembering(lambda: inference.load(checkpoint), answers, progress)
+            model = remembering(lambda: inference.load(checkpoint), tokenizer, answers, progress)
             return [
                 _score(one, *task, metric, model, variant, answers)
                 for one, task, metric in zip(works, built, metrics, strict=True)
@@ -156,6 +181,8 @@ def _score(
                 limit=count,
                 bootstrap_iters=0,
                 log_samples=True,
+                apply_chat_template=one.bench.chat_template,
+                fewshot_as_multiturn=one.bench.chat.get("fewshot_as_multiturn", False),
             )
     except NotFinite:
         raise score_table.not_finite(variant, one.bench.name, 0) from None
@@ -199,6 +226,7 @@ def _summary(bench: Benchmark, runs: Sequence[Run], whole: Any) -> dict[str, Any
         "higher_is_better": first.higher_is_better,
         "chance": score_table.chance(bench, [(run.work, run.rows) for run in own], metric),
         "num_fewshot": bench.num_fewshot,
+        **bench.chat,
         "task": bench.task,
         "task_version": ", ".join(sorted({run.work.version for run in own})),
         **more,

@@ -10,7 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergelab import aggregates, comparison, engine, items, lineage, locate, models, scores
+from mergelab import (
+    aggregates,
+    comparison,
+    engine,
+    items,
+    lineage,
+    locate,
+    models,
+    policy,
+    scores,
+)
 from mergelab.errors import UserError, nearest
 from mergelab.plan import SHARD_SIZE, make_plan
 from mergelab.progress import say
@@ -71,11 +81,13 @@ def make(
     """Choose a soup of `candidates` (all experts if none are named) by a benchmark of the study,
     write its recipe to `out`, and return the trials.
 
-    Raises UserError before any merge, if the benchmark's items are used for anything else, or if a
-    candidate has no scores on them."""
+    Raises UserError before any merge, if the benchmark's items are used for anything else, if the
+    study's policy forbids to merge a candidate, or if one has no scores on the items."""
     bench = _held_out(study, benchmark)
     chosen = _candidates(study, candidates)
     _check_target(study, out)
+    for note in policy.check(study, planned={out.stem: _linear(chosen)}):
+        say(f"note: {note}")
     folders = {name: models.existing(study, name, results) for name in chosen}
     known = {name: _scored(study, bench, name, results) for name in chosen}
     first = known[chosen[0]]

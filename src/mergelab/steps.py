@@ -180,7 +180,7 @@ class Steps:
     def measure(self, name: str) -> None:
         """Scores and evidence of one variant."""
         study, made = self.study, self.variant(name)
-        tasks = [[asdict(bench), self.tasks(bench)] for bench in study.suite]
+        tasks = [[bench.content(), self.tasks(bench)] for bench in study.suite]
         used = [self.part(b.data) for b in study.suite if b.data and not is_file(b.data)]
         used += [("data", TASK_DATA)] if ("data", TASK_DATA) in self.all else []
         version = [scores.VERSION, statistics.VERSION, importlib.metadata.version("lm-eval")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergelab import suites
 from mergelab.errors import UserError, nearest
-from mergelab.suites import Benchmark
+from mergelab.suites import CHAT, Benchmark
 from mergelab.yamlfile import REQUIRED, Map, Reader, load
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
@@ -361,7 +361,7 @@ class _StudyReader(Reader):
         """The benchmark of an entry of `suite`, or all of the suite that it names."""
         if "suite" not in map:
             return [self.benchmark(map)]
-        self.keys(map, ("suite", "limit", "wheels"), "a suite entry")
+        self.keys(map, ("suite", "limit", "wheels", *CHAT), "a suite entry")
         limit = self.count(map, "limit", None, least=1)
         wheels = bool(self.get(map, "wheels", bool, False))
         try:
@@ -369,11 +369,12 @@ class _StudyReader(Reader):
         except UserError as error:
             self.wrong(map.lines["suite"], str(error))
             return []
-        return [replace(bench, limit=limit, wheels=wheels) for bench in found]
+        chat = self.chat(map)
+        return [replace(bench, limit=limit, wheels=wheels, **chat) for bench in found]
 
     def benchmark(self, map: Map) -> Benchmark:
         known = ("name", "task", "data", "limit", "num_fewshot", "metric", "wheels")
-        self.keys(map, known, "a benchmark")
+        self.keys(map, (*known, *CHAT), "a benchmark")
         task = self.text(map, "task")
         name = self.name(map, "name", str(task).removeprefix("lm_eval/"))
         limit = self.count(map, "limit", None, least=1)
@@ -382,7 +383,17 @@ class _StudyReader(Reader):
         if wheels and data is not None:
             self.wrong(map.lines["wheels"], "'wheels' and 'data' exclude each other.")
         shots = self.count(map, "num_fewshot", 0)
-        return Benchmark(name, str(task), data, limit, shots, metric, wheels=wheels)
+        chat = self.chat(map)
+        return Benchmark(name, str(task), data, limit, shots, metric, wheels=wheels, **chat)
+
+    def chat(self, map: Map) -> dict[str, Any]:
+        """Whether and how prompts become chats."""
+        template = bool(self.get(map, "chat_template", bool, False))
+        if "fewshot_as_multiturn" in map and not template:
+            line = map.lines["fewshot_as_multiturn"]
+            self.wrong(line, "'fewshot_as_multiturn' needs chat_template: true.")
+        turns = bool(self.get(map, "fewshot_as_multiturn", bool, True))
+        return {"chat_template": template, "fewshot_as_multiturn": turns}
 
     def policy(self, map: Map) -> Policy:
         known = ("allow_merged_parents", "max_merge_depth", "deny_taint", "allow_unknown")

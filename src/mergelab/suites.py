@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ AGGREGATES = {
     "mean": "unweighted mean of the benchmarks (of the groups, where there are any)",
     "normalised": "mean of the benchmarks, each rescaled so that chance is 0 and all right is 1",
 }
+CHAT = ("chat_template", "fewshot_as_multiturn")  # lm-eval's names
 NO_VERSION = "none"  # of a file of lm-eval that states none
 
 
@@ -37,7 +38,9 @@ class Benchmark:
     `data` is DATASET/PART of the study or a file; None means the task's own data, from the hub or,
     with `wheels`, from PyPI. `limit` counts items of each task. `metric` is a name, or name,filter
     where a task has filters; None means the task's first. Several tasks are combined over their
-    items, or as the unweighted mean of the tasks. Benchmarks of one `group` count as one."""
+    items, or as the unweighted mean of the tasks. Benchmarks of one `group` count as one.
+    `chat_template`: prompts are chats in the model's own template; then `fewshot_as_multiturn`
+    makes each example a turn of its own, as lm-eval does unless told otherwise."""
 
     name: str
     task: str
@@ -51,11 +54,22 @@ class Benchmark:
     combine: str = "items"
     wheels: bool = False
     fewshot_split: str | None = None
+    chat_template: bool = False
+    fewshot_as_multiturn: bool = True
 
     @property
     def tasks(self) -> tuple[Pin, ...]:
         """Its tasks; a benchmark of study.yaml has a single one."""
         return self.pins or (Pin(self.task),)
+
+    @property
+    def chat(self) -> dict[str, bool]:
+        """How prompts become chats; {} if they do not."""
+        return {key: getattr(self, key) for key in CHAT} if self.chat_template else {}
+
+    def content(self) -> dict[str, Any]:
+        """What a key covers of it; how chats are made only where there are any."""
+        return {k: v for k, v in asdict(self).items() if k not in CHAT} | self.chat
 
 
 @dataclass(frozen=True)

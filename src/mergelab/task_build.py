@@ -68,6 +68,8 @@ def work(study: Study, bench: Benchmark, pin: Pin, results: Path) -> Work:
     plain, where = file.plain(), f"{study.folder}/study.yaml: benchmark '{bench.name}'"
     if plain.get("output_type") == "loglikelihood_rolling" and bench.num_fewshot:
         raise UserError(f"{where}: '{bench.task}' scores whole texts. Set num_fewshot to 0.")
+    if plain.get("output_type") == "loglikelihood_rolling" and bench.chat_template:
+        raise UserError(f"{where}: '{bench.task}' scores whole texts. Leave chat_template out.")
     name = pin.task.removeprefix(task_files.PREFIX)
     changes: dict[str, Any] = {"task": name, "num_fewshot": bench.num_fewshot}
     if bench.data is not None:
@@ -87,13 +89,14 @@ def work(study: Study, bench: Benchmark, pin: Pin, results: Path) -> Work:
         kept = {k: v for k, v in plain["fewshot_config"].items() if k != "split"}
         changes["fewshot_config"] = kept
     config = {k: v for k, v in file.ready().items() if k not in ("tag", "task_list")}
+    asked = {k: v for k, v in changes.items() if k != "task"} | bench.chat
     return Work(
         bench,
         name,
         file,
         config | changes,
         files,
-        digest([file.fingerprint(), {k: v for k, v in changes.items() if k != "task"}]),
+        digest([file.fingerprint(), asked]),
         task_files.version(plain),
         bench.data is not None,
         f"{file.path}: benchmark '{bench.name}'",

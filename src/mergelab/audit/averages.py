@@ -186,11 +186,12 @@ def _pairs(
         (one, other)
         for one in ours
         for other in theirs
-        if (one.metric, one.filter, one.shots, one.combine)
-        == (other.metric, other.filter, other.shots, other.combine)
+        if (one.metric, one.filter, one.shots, one.chat_template, one.combine)
+        == (other.metric, other.filter, other.shots, other.chat_template, other.combine)
     ]
     if figures is not None:
-        pairs.sort(key=lambda pair: not protocol.matches(figures[0], pair[0]))
+        fit = protocol.matching(figures[0], ours)
+        pairs.sort(key=lambda pair: pair[0] not in fit)
     return pairs
 
 

@@ -62,7 +62,9 @@ def of_models(target: Target, out: Path, options: Options) -> dict[str, Any]:
         own = [claim for claim in claims if claim.model == name]
         if name in folders and "scores" not in options.skip:
             say(f"scores: {name}")
-            told[name] = rescore(name, folders[name], own, out, target.study, options.limit)
+            told[name] = rescore(
+                name, folders[name], own, out, target.study, options.limit, fetch=options.fetch
+            )
     lacking = {
         subject.name: f"its weights are not here. {FETCH}"
         for subject in target.subjects

@@ -122,7 +122,7 @@ def _grim(grim: Audit | None) -> str:
     if grim is None:
         return "not applicable"
     if not grim["possible"]:
-        return f"impossible: no whole number of {grim['n']} items gives it"
+        return f"no whole number of {grim['n']} items gives it"
     fits = [str(count) for count in grim["fits"]]
     more = f" and {len(fits) - FITS} more" if len(fits) > FITS else ""
     return f"possible: {', '.join(fits[:FITS])}{more} of {grim['n']} items"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -79,11 +79,19 @@ class Measured:
     record: str | None = None
 
 
+def matching(claim: Claim, measured: Sequence[Measured]) -> list[Measured]:
+    """The runs that are as the claim says, as far as it says.
+
+    Of a claim about chats, where none was run: those without (see `obstacles`)."""
+    found = [one for one in measured if matches(claim, one)]
+    if found or not claim.chat_template or any(one.chat_template for one in measured):
+        return found
+    return [one for one in measured if matches(replace(claim, chat_template=None), one)]
+
+
 def matches(claim: Claim, one: Measured) -> bool:
     """Was `one` measured as the claim says, as far as it says?"""
     said = {name: getattr(claim, name) for name in MATCHED if getattr(claim, name) is not None}
-    if said.get("chat_template") and not one.chat_template:
-        del said["chat_template"]  # another prompt: see `obstacles`
     if claim.metric is not None and "," in claim.metric:
         said["metric"], _, said["filter"] = claim.metric.partition(",")
     if claim.rescaled and one.rescaled is None:

@@ -45,6 +45,7 @@ def readings(
         "benchmark": bench.name,
         "task": bench.task.removeprefix(task_files.PREFIX),
         "shots": int(entry["num_fewshot"]),
+        "chat_template": bool(entry.get("chat_template", False)),
         "task_version": str(entry["task_version"]),
         "dtype": str(summary["dtype"]),
         "lm_eval": str(summary["lm_eval"]),

@@ -1,19 +1,22 @@
 """Scores to judge claims by: read from a study's results, or run as the claims say.
 
-What does not fit is run again with other usual numbers of shots, nothing else is; every metric and
-filter comes from the one run, and answers are kept, so that asking again costs nothing."""
+What does not fit is run again with other usual numbers of shots, and if none of them explains it,
+with the chat template (or without). Every metric and filter comes from the one run, and answers are
+kept, so that asking again costs nothing."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergelab import (
     datasets,
+    hub,
     inference,
     models,
     score_table,
@@ -46,6 +49,19 @@ class Readings:
     why_not: str = NO_RUN
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A model to score again, and by what (see `rescore`); can it write chats?"""
+
+    model: str
+    folder: Path
+    work: Path
+    study: Study | None
+    limit: int | None
+    fetch: bool
+    has_template: bool
+
+
 def rescore(
     model: str,
     folder: Path,
@@ -53,18 +69,20 @@ def rescore(
     work: Path,
     study: Study | None = None,
     limit: int | None = None,
+    *,
+    fetch: bool = False,
 ) -> dict[str, Readings]:
     """Score the model in `folder` on every claimed benchmark; by benchmark, what came out.
 
     `study` gives suite, data and tasks; without it they are lm-eval's own, their items from wheels,
-    or from the hub if `work`/lock.json pins them. `limit`: items per task of benchmarks that are
-    not the study's. Data and scores are kept in `work`. What cannot be run, for want of data, task
-    or model, says why instead."""
+    or from the hub if `work`/lock.json pins them; `fetch` pins them there. `limit`: items per task
+    of benchmarks that are not the study's. Data and scores are kept in `work`. What cannot be run,
+    for want of data, task or model, says why instead."""
     found = {}
+    job = _Job(model, folder, work, study, limit, fetch, _has_template(folder))
     for name in dict.fromkeys(claim.benchmark for claim in claims):
         if name != AVERAGE and name not in suites.names():
-            own = [claim for claim in claims if claim.benchmark == name]
-            found[name] = _rescore(model, folder, own, work, study, limit)
+            found[name] = _rescore(job, [claim for claim in claims if claim.benchmark == name])
     return found
 
 
@@ -85,32 +103,47 @@ def measured(study: Study, results: Path, model: str, benchmark: str) -> tuple[M
     )
 
 
-def _rescore(
-    model: str,
-    folder: Path,
-    claims: Sequence[Claim],
-    work: Path,
-    study: Study | None,
-    limit: int | None,
-) -> Readings:
-    """One benchmark: the claimed numbers of shots, then, while a claim does not fit, the others."""
+def _rescore(job: _Job, claims: Sequence[Claim]) -> Readings:
+    """One benchmark: as claimed, then, while a claim does not fit, with other shots, and at last
+    with the model's chat template instead of without, or the other way round."""
     try:
-        bench = _benchmark(claims[0].benchmark, study, limit)
+        bench = _benchmark(claims[0].benchmark, job.study, job.limit)
     except UserError as error:
         return Readings(why_not=str(error))
-    stated = [claim.shots for claim in claims]
-    first = dict.fromkeys(bench.num_fewshot if shots is None else shots for shots in stated)
-    others = [shots for shots in _usual_shots(bench) if shots not in first]
+    asked = list(dict.fromkeys(_as_claimed(bench, claim, job) for claim in claims))
+    ways = [replace(one, num_fewshot=shots) for one in asked for shots in _usual_shots(bench)]
+    turned = [replace(one, chat_template=not one.chat_template) for one in asked[:MOST_RUNS]]
+    ways += turned if job.has_template else []
+    others = [way for way in dict.fromkeys(ways) if way not in asked]
     found: tuple[Measured, ...] = ()
-    failed: dict[str, list[int]] = {}
-    for shots in (*list(first)[:MOST_RUNS], *others):
-        if shots not in first and all(_settled(claim, found) for claim in claims):
+    failed: dict[tuple[str, bool], list[int]] = {}
+    for way in (*asked[:MOST_RUNS], *others):
+        if way in others and all(_settled(claim, found) for claim in claims):
             break
+        if way in others and way in turned and not found:
+            break  # what cannot be run plain cannot be run as chats
         try:
-            found += _run(model, folder, replace(bench, num_fewshot=shots), work, study)
+            found += _run(job, way)
         except UserError as error:
-            failed.setdefault(str(error), []).append(shots)
-    return Readings(found, _failures(claims[0].benchmark, failed) if failed else NO_RUN)
+            failed.setdefault((str(error), way.chat_template), []).append(way.num_fewshot)
+    why_not = [_failures(claims[0].benchmark, failed)] if failed else []
+    if not job.has_template and any(claim.chat_template for claim in claims):
+        why_not.append(f"{job.model} has no chat template.")
+    return Readings(found, " ".join(why_not) or NO_RUN)
+
+
+def _as_claimed(bench: Benchmark, claim: Claim, job: _Job) -> Benchmark:
+    """The benchmark with the shots and the chat template of a claim, where it says them."""
+    shots = bench.num_fewshot if claim.shots is None else claim.shots
+    chat = bench.chat_template if claim.chat_template is None else claim.chat_template
+    return replace(bench, num_fewshot=shots, chat_template=chat and job.has_template)
+
+
+def _has_template(folder: Path) -> bool:
+    """Can the model's tokenizer write chats? No, if there is none."""
+    with inference.quiet(offline=True), suppress(UserError):
+        return inference.chat_template(inference.load_tokenizer(folder)) is not None
+    return False
 
 
 def _settled(claim: Claim, found: Sequence[Measured]) -> bool:
@@ -119,32 +152,28 @@ def _settled(claim: Claim, found: Sequence[Measured]) -> bool:
     return verdict.verdict in settled or verdict.explained_by is not None
 
 
-def _failures(benchmark: str, failed: dict[str, list[int]]) -> str:
+def _failures(benchmark: str, failed: dict[tuple[str, bool], list[int]]) -> str:
     said = [
-        f"{benchmark} could not be run with {' or '.join(map(str, shots))} shots: {why}"
-        for why, shots in failed.items()
+        f"{benchmark} could not be run with {' or '.join(map(str, shots))} shots"
+        f"{' and the chat template' if chat else ''}: {why}"
+        for (why, chat), shots in failed.items()
     ]
     return " ".join(said)
 
 
-def _run(
-    model: str, folder: Path, bench: Benchmark, work: Path, study: Study | None
-) -> tuple[Measured, ...]:
+def _run(job: _Job, bench: Benchmark) -> tuple[Measured, ...]:
     """Evaluate one benchmark and read what it gave. Raises UserError if it cannot be run."""
-    variant = f"{_slug(model)}.{_slug(bench.name)}.{bench.num_fewshot}"
-    derived = _with_data(study, bench, work)
+    chat = ".chat" if bench.chat_template else ""
+    variant = f"{_slug(job.model)}.{_slug(bench.name)}.{bench.num_fewshot}{chat}"
+    derived = _with_data(job, bench)
     try:
-        scores.evaluate(derived, variant, folder, work)
+        scores.evaluate(derived, variant, job.folder, job.work)
     except AssertionError:  # lm-eval's way to say that an answer is longer than the model takes
         raise UserError("an answer is longer than what the model takes.") from None
-    place = work / "scores"
-    table, summary = (
-        score_table.table(place / f"{variant}.parquet"),
-        _summary(place / f"{variant}.json"),
-    )
-    record = str(place / f"{variant}.json")
-    c = _noise(folder)
-    return tuple(readings(derived, derived.suite[0], table, summary, work, c, record))
+    place = job.work / "scores" / variant
+    table, summary = score_table.table(Path(f"{place}.parquet")), _summary(Path(f"{place}.json"))
+    c = _noise(job.folder)
+    return tuple(readings(derived, derived.suite[0], table, summary, job.work, c, f"{place}.json"))
 
 
 def _noise(folder: Path) -> float:
@@ -155,39 +184,40 @@ def _noise(folder: Path) -> float:
         return noise.measure(folder)
 
 
-def _with_data(study: Study | None, bench: Benchmark, work: Path) -> Study:
+def _with_data(job: _Job, bench: Benchmark) -> Study:
     """A study of one benchmark, whose items are in `work`/data: from wheels, else from the hub.
 
     Raises UserError that says how to give them."""
     try:
-        return _prepared(study, bench, work)
+        return _prepared(job, bench)
     except UserError as error:
         if not bench.wheels:
             raise
         why = str(error)
     if bench.suite is None:
         try:
-            return _prepared(study, replace(bench, wheels=False), work)
+            return _prepared(job, replace(bench, wheels=False))
         except UserError as error:
             why = str(error)
-    if study is not None:
+    if job.study is not None or job.fetch:
         raise UserError(why)
     raise UserError(
-        "its items are in no wheel that mergelab knows, and on the hub they are not pinned. Name "
-        "the benchmark in a study.yaml, with data: FILE or pinned by mergelab lock, and the study "
-        "in claims.yaml."
+        "its items are in no wheel that mergelab knows. Add --fetch to download them from the hub; "
+        "or name the benchmark in a study.yaml, with data: FILE or pinned by mergelab lock, and "
+        "the study in claims.yaml."
     )
 
 
-def _prepared(study: Study | None, bench: Benchmark, work: Path) -> Study:
-    if study is None:
-        study = Study("audit", work, "", "", {}, {}, {}, (), (), ())
+def _prepared(job: _Job, bench: Benchmark) -> Study:
+    study = job.study or Study("audit", job.work, "", "", {}, {}, {}, (), (), ())
     study = replace(study, models={}, suite=(bench,), contamination=(), recipes=())
     if bench.data is None:
-        task_data.prepare(study, work)
-    elif not is_file(bench.data) and not (work / "data" / f"{bench.data}.jsonl").is_file():
+        if job.fetch and job.study is None:
+            hub.pin_datasets(task_data.repositories(study), study.lock)
+        task_data.prepare(study, job.work)
+    elif not is_file(bench.data) and not (job.work / "data" / f"{bench.data}.jsonl").is_file():
         name = bench.data.partition("/")[0]
-        datasets.prepare(replace(study, datasets={name: study.datasets[name]}), work / "data")
+        datasets.prepare(replace(study, datasets={name: study.datasets[name]}), job.work / "data")
     return study
 
 

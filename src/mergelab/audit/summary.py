@@ -14,6 +14,7 @@ SCORES = {
     "consistent": "good",
     "not reproduced": "bad",
     "impossible": "bad",
+    "does not fit": "warn",
     "unverifiable": "unknown",
 }
 WEIGHTS = {
@@ -176,7 +177,7 @@ def _score_words(claims: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter(claim["verdict"] for claim in claims)
     good = counts["reproduced"] + counts["consistent"]
     said = [f"{good} of {len(claims)} scores reproduced"]
-    for verdict in ("not reproduced", "impossible", "unverifiable"):
+    for verdict in ("not reproduced", "impossible", "does not fit", "unverifiable"):
         if counts[verdict]:
             said.append(f"{counts[verdict]} {verdict}")
     return ", ".join(said)

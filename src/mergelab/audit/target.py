@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergelab import locate
+from mergelab import hub_cards, locate
 from mergelab.claims.base import Claim
 from mergelab.claims.file import Comparison, Subject, load_claims
 from mergelab.errors import UserError
@@ -49,12 +49,27 @@ def read_target(text: str, base: str | None = None, candidates: tuple[str, ...] 
         return _of_study(path.parent) if beside else _of_claims(path)
     if (path / "study.yaml").is_file():
         return _of_study(path)
+    if path.is_dir():
+        _check_holds(path)
     if path.is_dir() or locate.is_hub_id(text):
         subject = Subject(text, text, None, base, candidates)
         return Target("model", text, text, (subject,))
     raise UserError(
         f"{text}: is no claims file (*.yaml), no folder of a study or a model, and no hub model "
         "(org/name or org/name@commit). Check the name."
+    )
+
+
+def _check_holds(folder: Path) -> None:
+    """Raise UserError if there is nothing in a folder that could be audited."""
+    page = hub_cards.folder_page(folder)
+    told = not isinstance(page, hub_cards.Page) or page.card or page.recipe or page.adapter
+    if told or (folder / hub_cards.RECORD).is_file() or any(folder.glob("*.safetensors")):
+        return
+    raise UserError(
+        f"{folder}: there is nothing to audit: it holds neither weights (*.safetensors) nor a card "
+        "(README.md) nor a recipe (mergekit_config.yml). Name a folder of a model or of a study, "
+        "a claims file (*.yaml), or a hub model (org/name)."
     )
 
 

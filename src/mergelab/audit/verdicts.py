@@ -18,7 +18,7 @@ from mergelab.claims.base import Claim
 
 VERSION = 1
 REPRODUCED, CONSISTENT, NOT_REPRODUCED = "reproduced", "consistent", "not reproduced"
-IMPOSSIBLE, UNVERIFIABLE = "impossible", "unverifiable"
+IMPOSSIBLE, DOES_NOT_FIT, UNVERIFIABLE = "impossible", "does not fit", "unverifiable"
 NO_RUN = "nothing was measured"
 DIGITS = 10  # decimals of a percentage that GRIM looks at: a float's own error is below
 MOST_FITS = 20  # numbers of hits listed
@@ -63,12 +63,14 @@ def judge(claim: Claim, measured: Sequence[Measured], why_not: str = NO_RUN) -> 
     if not math.isfinite(claim.value) or math.isnan(protocol.unit(claim)):
         return Verdict(UNVERIFIABLE, f"'{claim.printed[:40]}' is no number.")
     grim = _grim(claim, measured)
-    own = [one for one in measured if protocol.matches(claim, one)]
+    own = protocol.matching(claim, measured)
     best = min(own, key=lambda one: _rank(claim, one), default=None)
     explained = None
     if best is None or _rank(claim, best) > 1:
         explained = _explanation(claim, measured, own)
     if grim is not None and not grim["possible"] and explained is None:
+        if not measured:
+            return _does_not_fit(claim, grim, why_not)
         return _impossible(claim, grim, best, measured)
     if best is None:
         return _unmatched(claim, grim, measured, explained, why_not)
@@ -77,10 +79,15 @@ def judge(claim: Claim, measured: Sequence[Measured], why_not: str = NO_RUN) -> 
     if verdict == NOT_REPRODUCED and unable and explained is None:
         verdict = UNVERIFIABLE
     why = _why(claim, best, verdict)
+    label = None if explained is None else explained.label
     if explained is not None:
         why += f" {_explained(explained)}"
+    elif verdict in (REPRODUCED, CONSISTENT):
+        label = _unsaid(claim, best, own[0])
+        why += f" The claim does not say so: {_words(*next(iter(label.items())))}." if label else ""
     elif verdict == UNVERIFIABLE:
         why += f" But the claim is about {' and '.join(unable)}, which cannot be run here."
+        why += "" if why_not == NO_RUN else f" {why_not}"
     elif verdict == NOT_REPRODUCED and why_not != NO_RUN:
         why += f" {why_not}"
     return replace(
@@ -88,8 +95,15 @@ def judge(claim: Claim, measured: Sequence[Measured], why_not: str = NO_RUN) -> 
         verdict=verdict,
         why=why,
         grim=grim,
-        explained_by=None if explained is None else explained.label,
+        explained_by=label,
     )
+
+
+def _unsaid(claim: Claim, best: Measured, usual: Measured) -> dict[str, Any] | None:
+    """The chat template, where the number needs it (or its absence), the usual run is otherwise,
+    and the claim is silent."""
+    silent = claim.chat_template is None and best.chat_template != usual.chat_template
+    return {"chat_template": best.chat_template} if silent else None
 
 
 def _rank(claim: Claim, one: Measured, *, sampling: bool = True) -> int:
@@ -155,7 +169,7 @@ def _words(name: str, value: Any) -> str:
     if name == "rescaled":
         return "a rescaled score" if value else "a score that is not rescaled"
     if name == "chat_template":
-        return "the chat template" if value else "no chat template"
+        return "the chat template" if value else "a plain prompt"
     return f"{name} {value}"
 
 
@@ -204,15 +218,25 @@ def _hits(text: str, n: int) -> tuple[int, ...]:
 def _impossible(
     claim: Claim, grim: dict[str, Any], best: Measured | None, measured: Sequence[Measured]
 ) -> Verdict:
-    n, text = grim["n"], _percentage(claim)
-    k = math.floor(Decimal(text) * n / 100)
-    near = " or ".join(f"{100 * x / n:.{max(2, _decimals(text))}f} ({x})" for x in (k, k + 1))
-    why = (
-        f"No number of right answers to {n:,} items is {text} %; the nearest are {near}. "
-        "It is no score of one run on all items."
-    )
+    why = f"{_no_count(claim, grim['n'])} It is no score of one run on all items."
     shown = Verdict(IMPOSSIBLE, why) if best is None else _with_ours(claim, best, measured)
     return replace(shown, verdict=IMPOSSIBLE, why=why, grim=grim)
+
+
+def _does_not_fit(claim: Claim, grim: dict[str, Any], why_not: str) -> Verdict:
+    """A number is only doubtful where nothing was run: the number of items is the usual one."""
+    why = (
+        f"{_no_count(claim, grim['n'])} {claim.benchmark} usually has so many; other items, a mean "
+        "of several runs or another way of rounding may give it."
+    )
+    return Verdict(DOES_NOT_FIT, why if why_not == NO_RUN else f"{why} {why_not}", grim)
+
+
+def _no_count(claim: Claim, n: int) -> str:
+    text = _percentage(claim)
+    k = math.floor(Decimal(text) * n / 100)
+    near = " or ".join(f"{100 * x / n:.{max(2, _decimals(text))}f} ({x})" for x in (k, k + 1))
+    return f"No number of right answers to {n:,} items is {text} %; the nearest are {near}."
 
 
 def _unmatched(
@@ -254,7 +278,8 @@ def _with_ours(claim: Claim, best: Measured, measured: Sequence[Measured]) -> Ve
 
 
 def _alternative(one: Measured) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in ("metric", "filter", "shots", "value")}
+    found = {name: getattr(one, name) for name in ("metric", "filter", "shots", "value")}
+    return found | ({"chat_template": True} if one.chat_template else {})
 
 
 def _why(claim: Claim, best: Measured, verdict: str) -> str:

@@ -148,6 +148,7 @@ def _metric(block: Map, dataset: Map, metric: Map, told: str, notes: Notes) -> E
     kind = _text(metric, "type") or _text(metric, "name")
     args = _map(dataset, "args")
     shots = args.get("num_few_shot", args.get("num_fewshot"))
+    template = args.get("chat_template")
     return Entry(
         published,
         number,
@@ -155,6 +156,7 @@ def _metric(block: Map, dataset: Map, metric: Map, told: str, notes: Notes) -> E
         metric=kind,
         shots=shots if isinstance(shots, int) and not isinstance(shots, bool) else None,
         split=_text(dataset, "split"),
+        chat_template=template if isinstance(template, bool) else None,
         board=names.board_of(told, (published,)),
         group=f"model-index {told}",
     )

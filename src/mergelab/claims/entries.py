@@ -30,6 +30,7 @@ class Entry:
     shots: int | None = None
     task_version: str | None = None
     split: str | None = None
+    chat_template: bool | None = None
     date: str | None = None
     board: str | None = None
     group: str = ""
@@ -115,6 +116,7 @@ def _claim(
         shots=told.shots if entry.shots is None else entry.shots,
         task_version=entry.task_version,
         split=entry.split,
+        chat_template=entry.chat_template,
         rescaled=told.rescaled,
         **common | ({"date": entry.date} if entry.date and DATE.match(entry.date) else {}),
     )

@@ -204,7 +204,7 @@ class _Second(_Reader):
     def protocol(self, task: str) -> dict[str, Any]:
         shots = self.map(self.top, "n-shot").get(task)
         version = self.map(self.top, "versions").get(task)
-        template = self.top.get("chat_template")
+        template = self.top.get("chat_template") or self.top.get("chat_template_sha")
         known = "chat_template" in self.top or "chat_template_sha" in self.top
         return {
             "shots": shots if type(shots) is int else None,

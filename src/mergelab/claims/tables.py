@@ -21,6 +21,7 @@ _NO_SCORE = re.compile(
     r"|usecase|maxramrequired|downloads|likes|sha|precision|architecture|hyperparameter|epochs?"
     r"|steps?|tokens?|context|contextlength|layers?|task|tasks|metric|value|score|)\Z"
 )
+_INTERVAL = re.compile(r"\b(ci|intervals?|confidence)\b", re.I)  # "95 % CI" is no sign of percent
 _VALUE = ("value", "score", "result", "results", "accuracy", "performance")
 _OF_LM_EVAL = {"version", "metric", "value"}  # columns of the tables that it prints
 _NAME = ("task", "tasks", "benchmark", "benchmarks", "metric", "dataset", "datasets", "eval")
@@ -108,7 +109,8 @@ def scores(table: Table, repo: str, group: str, notes: Notes) -> tuple[list[Entr
         found, shares = _wide(table, repo, group, notes)
     else:
         found, shares = _long(table, form, title, repo, group, notes)
-    percent = any(re.search(r"%|per ?cent", cell, re.I) for cell in table.header)
+    heads = [cell for cell in table.header if not _INTERVAL.search(cell)]
+    percent = any(re.search(r"%|per ?cent", cell, re.I) for cell in heads)
     return found, percent or percent_of([*found, *shares])
 
 
@@ -158,7 +160,7 @@ def _long(
             continue
         told: dict[str, str | None] = {
             key: row[form.index(key)] or None
-            for key in ("metric", "filter", "nshot", "version")
+            for key in ("metric", "filter", "nshot", "shots", "version")
             if key in form and form.index(key) != title
         }
         for place in dict.fromkeys((*([] if value is None else [value]), *models)):
@@ -177,7 +179,7 @@ def _entry(
     board: str | None,
     group: str,
 ) -> Entry:
-    kind, shots = told.get("filter"), told.get("nshot") or ""
+    kind, shots = told.get("filter"), told.get("nshot") or told.get("shots") or ""
     return Entry(
         name,
         number,

@@ -61,7 +61,8 @@ def _copied(inquiry: Inquiry) -> dict[str, Any] | None:
     if set(inquiry.same) != {n for n, t in inquiry.model.tensors.items() if t.size}:
         return None
     reading = stacks.stacked(inquiry.model, inquiry.same, list(inquiry.pool))
-    return _answer([reading], *leftovers.nothing())
+    every = sum(t.size for t in inquiry.model.tensors.values())
+    return _answer([reading], *leftovers.nothing(f"all {every:,} entries have the same bits"))
 
 
 def _mixed(inquiry: Inquiry) -> dict[str, Any] | None:
@@ -231,8 +232,9 @@ def _result(inquiry: Inquiry, answer: dict[str, Any]) -> dict[str, Any]:
     for name in inquiry.found:
         groups = curves.weights(inquiry.fits, name)
         gradient[name] = curves.describe(groups, layers)
-    looked = sum(min(t.size, LIMIT) for t in inquiry.model.tensors.values())
-    every = sum(t.size for t in inquiry.model.tensors.values())
+    tensors = inquiry.model.tensors.items()
+    looked = sum(t.size if n in inquiry.same else min(t.size, LIMIT) for n, t in tensors)
+    every = sum(t.size for _, t in tensors)
     notes = [*inquiry.notes]
     if looked < every:
         notes.append(
@@ -286,4 +288,4 @@ def _verdict(told: Sequence[dict[str, Any]], answer: dict[str, Any]) -> str:
         return f"{text}, and an undeclared parent: {answer['undeclared']['why']}"
     if answer["finetuned"]["found"]:
         return f"{text}, then trained on: {answer['finetuned']['why']}"
-    return f"{text}: every entry looked at is explained up to rounding"
+    return f"{text}: {answer['finetuned']['why']}"

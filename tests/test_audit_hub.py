@@ -1,0 +1,191 @@
+"""Scores of a model of the hub, claimed on its card: fetched, scored again and judged, end to end.
+
+The hub is on this machine; model, card and benchmark come from it as from the real one."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from loopback_hub import LoopbackHub
+from tiny import tiny_model, tiny_study
+
+from mergelab import chatter, inference, scores
+from mergelab.audit.rescore import rescore
+from mergelab.audit.run import Options, audit
+from mergelab.audit.verdicts import judge
+from mergelab.claims.base import Claim
+from mergelab.errors import UserError
+from mergelab.study import Benchmark
+
+WORDS = ["train", "travels", "miles", "hours", "patient", "aspirin", "what", "is", "its", "speed"]
+ITEMS = 60
+DATA = b"""---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/train-*}, {split: test, path: data/test-*}]
+---
+"""
+CARD = """---
+model-index:
+- name: tiny
+  results:
+  - task: {{type: text-generation}}
+    dataset: {{name: SciQ, type: allenai/sciq, split: test, args: {{num_few_shot: 0}}}}
+    metrics:
+    - {{type: acc, value: {honest:.2f}}}
+    - {{type: acc_norm, value: {raised:.2f}}}
+---
+# Tiny
+"""
+
+
+def item(i: int) -> dict[str, str]:
+    """An item as allenai/sciq holds it."""
+    draw = random.Random(i)
+    names = ("question", "distractor1", "distractor2", "distractor3", "correct_answer", "support")
+    return {name: " ".join(draw.choices(WORDS, k=draw.randint(1, 6))) for name in names}
+
+
+def parquet(rows: list[dict[str, str]]) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def sciq(server: LoopbackHub) -> str:
+    """The benchmark, on the hub; returns its commit."""
+    files = {"README.md": DATA, "data/test-0.parquet": parquet([item(i) for i in range(ITEMS)])}
+    files["data/train-0.parquet"] = parquet([item(-i) for i in range(1, 9)])
+    return server.publish("datasets/allenai/sciq", files)
+
+
+@pytest.fixture
+def true(tmp_path: Path) -> dict[str, float]:
+    """A model, and the scores that lm-eval gives it on the same items from a file, in percent."""
+    tiny_model(tmp_path / "model", length=128)
+    bench = Benchmark("sciq", "lm_eval/sciq", "x.jsonl", None, 0)
+    study = tiny_study(tmp_path / "own", suite=(bench,))
+    lines = (json.dumps(item(i)) + "\n" for i in range(ITEMS))
+    (study.folder / "x.jsonl").write_text("".join(lines))
+    scores.evaluate(study, "tiny", tmp_path / "model", tmp_path / "truth")
+    found = json.loads((tmp_path / "truth/scores/tiny.json").read_text())
+    return {k: 100 * v for k, v in found["benchmarks"]["sciq"]["metrics"].items()}
+
+
+def test_a_hub_model_is_fetched_and_scored_again_and_its_claims_are_judged(
+    server: LoopbackHub, mergelab: Run, tmp_path: Path, sciq: str, true: dict[str, float]
+) -> None:
+    card = CARD.format(honest=true["acc"], raised=true["acc_norm"] + 100 * 9 / ITEMS)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    server.publish("acme/tiny", files | {"README.md": card.encode()})
+    done = mergelab("audit", "acme/tiny", "--fetch")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "results/audits/acme-tiny"
+    data = json.loads((out / "audit.json").read_text())
+    honest, raised = data["claims"]
+    assert (honest["metric"], honest["verdict"]) == ("acc", "reproduced")
+    assert (raised["metric"], raised["verdict"]) == ("acc_norm", "not reproduced")
+    assert (raised["ours"]["n"], raised["explained_by"]) == (ITEMS, None)
+    assert 100 * raised["difference"] == pytest.approx(15, abs=0.01)
+    assert (out / raised["record"]).is_file()
+    locked = json.loads((out / "lock.json").read_text())
+    assert locked["datasets"] == {"allenai/sciq": {"commit": sciq}}
+    assert "1 of 2 scores reproduced, 1 not reproduced" in done.stdout
+
+    said = done.stderr.splitlines()
+    assert not [line for line in said if "it/s" in line or "examples" in line]  # no bars of others
+    assert len([line for line in said if "exceeds model's maximum length" in line]) == 1
+    assert len(said) < 12
+
+    server.publish("datasets/allenai/sciq", {"data/test-0.parquet": b"moved on"})
+    asked = len(server.requests)
+    again = audit("acme/tiny", out, Options(fetch=True))
+    assert [claim["verdict"] for claim in again["claims"]] == ["reproduced", "not reproduced"]
+    assert not any("datasets/" in request for request in server.requests[asked:])
+    assert not any("safetensors" in request for request in server.requests[asked:])
+
+
+def claim() -> Claim:
+    return Claim("m", "sciq", 0.5, "50.00", True, "card.md:3", "SciQ", metric="acc", shots=0)
+
+
+@pytest.mark.parametrize("fault", ["gone", "script"])
+def test_data_that_the_hub_does_not_give_make_a_claim_unverifiable(
+    server: LoopbackHub, tmp_path: Path, fault: str
+) -> None:
+    if fault == "script":
+        server.publish("datasets/allenai/sciq", {"README.md": b"# SciQ\n", "sciq.py": b"1/0"})
+    tiny_model(tmp_path / "model")
+    found = rescore("m", tmp_path / "model", [claim()], tmp_path / "work", fetch=True)["sciq"]
+    told = judge(claim(), found.measured, found.why_not)
+    assert told.verdict == "unverifiable"
+    assert "allenai/sciq" in told.why
+    assert ("made by a script" if fault == "script" else "the hub has no such dataset") in told.why
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_model_that_transformers_cannot_read_is_the_makers_fault(
+    server: LoopbackHub, tmp_path: Path, sciq: str, file: str
+) -> None:
+    tiny_model(tmp_path / "model")
+    path = tmp_path / "model" / file
+    broken = {"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}
+    path.write_text(json.dumps(broken) if file == "config.json" else "{")
+    found = rescore("m", tmp_path / "model", [claim()], tmp_path / "work", fetch=True)["sciq"]
+    assert found.measured == ()
+    assert f"transformers cannot read its {file.removesuffix('.json')}" in found.why_not
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(chatter, "say", lines.append)
+    return lines
+
+
+def test_each_kind_of_warning_is_told_once_and_what_is_raised_is_not_touched(
+    said: list[str],
+) -> None:
+    before = logging.getLogger("transformers").handlers
+
+    def work() -> None:
+        with inference.quiet(offline=True):
+            for number in range(1000):
+                logging.getLogger("transformers.x").warning("cut %d tokens", number)
+            logging.getLogger("datasets.x").error("odd \x1b[31m text")
+            logging.getLogger("datasets").info("never told")
+            raise UserError("a real mistake")
+
+    with pytest.raises(UserError, match="a real mistake"):
+        work()
+    assert said == [
+        "transformers.x: cut 0 tokens (1,000 times, with other numbers)",
+        "datasets.x: odd  [31m text",
+    ]
+    assert logging.getLogger("transformers").handlers is before
+
+
+def test_bars_of_others_are_off_inside_and_back_after(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm
+
+    def bar() -> Any:
+        for _ in tqdm(range(3), mininterval=0):
+            pass
+        return capsys.readouterr().err
+
+    with inference.quiet(offline=True):
+        with inference.quiet(offline=True):
+            assert bar() == ""
+        assert bar() == ""
+    assert "3/3" in bar()
