@@ -1,12 +1,12 @@
 """How well do the detectors find planted leaks, in specialists and through merges?
 
 Per seed, a tiny Llama base and specialists of it that saw GSM8K test items 1, 2, 4 or 8 times among
-clean data (leaks/study.yaml), clean siblings and ten merges (leaks/*.yaml), made by the product
-itself: its training, engine, probe and detectors. Items that nobody saw, of the same random split,
-are the controls. A second study of three seeds (leaks_options/study.yaml) plants multiple-choice
-items, for the option-order test. Prints Markdown; exit code 1 if a target is missed. About 5
-minutes of a core per seed, two seeds at once; the folder of --work keeps what is done, so that a
-second run only judges anew."""
+clean data (leaks/study.yaml), clean siblings and merges (leaks/*.yaml), made by the product itself:
+its training, engine, probe and detectors. Items that nobody saw, of the same random split, are the
+controls. A second study of eleven seeds (leaks_options/study.yaml) plants multiple-choice items,
+for the option-order test. Prints Markdown; exit code 1 if a target is missed. About 6 minutes of a
+core per seed, two of the second study, two seeds at once; the folder of --work keeps what is done,
+so that a second run only judges anew."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from leaks_results import Results, read
 
 from mergelab.folders import cache_folder
 
-SEEDS, OPTION_SEEDS, AT_ONCE = 5, 3, 2
+SEEDS, OPTION_SEEDS, AT_ONCE = 5, 11, 2
 PROGRAM = Path(__file__).parent / "leaks_seed.py"
 
 
@@ -39,10 +39,10 @@ def make(folder: Path) -> None:
         sys.exit(f"{folder.name} failed:\n{(folder / 'log.txt').read_text()[-2000:]}")
 
 
-def run(work: Path, seeds: int) -> Results:
+def run(work: Path, seeds: int, option_seeds: int) -> Results:
     """Make every seed of both studies and read what the detectors said."""
     folders = [work / f"seed-{seed}" for seed in range(seeds)]
-    options = [work / f"options-{seed}" for seed in range(min(seeds, OPTION_SEEDS))]
+    options = [work / f"options-{seed}" for seed in range(option_seeds)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(make, [*folders, *options]))
     return read(folders, options)
@@ -51,7 +51,7 @@ def run(work: Path, seeds: int) -> Results:
 def main() -> int:
     """Parse arguments, run, report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed")
+    parser.add_argument("--quick", action="store_true", help="one seed of each")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="write the table that "
@@ -60,7 +60,8 @@ def main() -> int:
     arguments = parser.parse_args()
     work = arguments.work or cache_folder("leaks")
     started = time.monotonic()
-    results = run(work.absolute(), 1 if arguments.quick else arguments.seeds)
+    counts = (1, 1) if arguments.quick else (arguments.seeds, OPTION_SEEDS)
+    results = run(work.absolute(), *counts)
     sys.stdout.write(page(results, time.monotonic() - started))
     if arguments.json:
         arguments.json.write_text(json.dumps(list(entries(results)), indent=1) + "\n")

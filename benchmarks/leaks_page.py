@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from leaks_results import (
@@ -27,28 +28,10 @@ ITEMS = "sibling_loss"  # the item score and the set-level test that the goals a
 SET = "set_level"  # choice does not depend on results
 OPTIONS = "option_order"  # of the second study
 YARDSTICK, REFERENCE = "base_loss", (0.94, 0.976)  # how strong the planted leak is, and should be
+OTHERS = ("linear", "ties", "dare_ties")  # merged with the medical sibling too
 ALPHAS = (0.01, 0.05)
 NUMBERS = {"auc": "AUC", "tpr_at_5_fpr": "TPR at 5 % FPR", "tpr_at_1_fpr": "TPR at 1 % FPR"}
-LEGEND = """
-- **xN**: a group of 60 items that the contaminated specialists saw N times; x0: never. **AUC (TPR
-  at 5 % FPR, at 1 % FPR)** against 260 controls of the same random split, mean over seeds, each
-  seed with its own split, base, models and thresholds.
-- **verbatim**: items word for word, with loss on every token. **answer**: loss on the solution
-  only. **paraphrase**: the question in other words and the final number; the original is probed.
-- **linear** is 50:50 with the medical sibling, **linear_25** 25:75, **again** 50:50 of linear and
-  the same-style sibling, so a quarter of the leak; slerp, ties and dare_ties are 50:50 with the
-  medical sibling.
-- **clean siblings**: tuned on legitimate items of the same style (three epochs), on medical
-  questions, on competition mathematics. **clean merges**: same-style and medical sibling by
-  linear, ties and dare_ties.
-- False positives: share of cells with p <= alpha. A cell is a model, a group and a seed; cells of
-  one seed share their controls and, for merges, their parents, so they are not independent.
-- Clean siblings are named to the detectors; a sibling is judged by the other two.
-- codec was measured on the first two seeds: its view doubles the probing.
-- option_order: another study, ARC items with four choices, 40 a group, 60 controls. Three seeds:
-  two were planned, the third came after 3 of 20 clean cells were found at alpha .05. Cells of a
-  seed share their controls and move together, so that these are few independent draws.
-"""
+LEGEND = Path(__file__).parent / "leaks_legend.md"
 
 
 @dataclass(frozen=True)
@@ -122,13 +105,18 @@ def _option_goals(results: Results) -> Iterator[Goal]:
 
 
 def _strength(results: Results) -> str:
-    """How strong the leak is that was planted, by the yardstick of the reference setting."""
+    """How strong the planted leak is, and how much the partner of a merge matters."""
     found = mean(results.of(YARDSTICK, ["verbatim"], [2]), "auc")
     low, high = REFERENCE
+    areas = {m: mean(results.of(ITEMS, [f"{m}_medical"], [2]), "auc") for m in OTHERS}
+    other = ", ".join(f"{_number(area)} in {method}" for method, area in areas.items())
     return (
         f"Strength of the planted leak: AUC of {YARDSTICK} in the contaminated specialist at 2 "
         f"copies, {_number(found)}; {low} and {high} in earlier experiments of this kind, with "
-        "models of 0.6 and 1.1 million parameters. The goals are about other scores."
+        "models of 0.6 and 1.1 million parameters. The goals are about other scores. Their merges "
+        "are with a clean sibling of the leak's own style, as there; "
+        f"with the medical sibling {ITEMS} has, at 2 copies, {other}: **partners of another style "
+        "hide a leak better.**"
     )
 
 
@@ -159,7 +147,7 @@ def page(results: Results, seconds: float) -> str:
     for detector in results.detectors:
         if mean(results.clean(detector), "auc") is not None:
             lines += ["", f"## {detector}", "", *_auc_table(results, detector)]
-    return "\n".join([*lines, "", LEGEND.strip()]) + "\n"
+    return "\n".join([*lines, "", LEGEND.read_text(encoding="utf-8")])
 
 
 def _number(value: float | None) -> str:

@@ -1,13 +1,14 @@
 """Detectors: planted leaks are found, clean data passes, and the statistics are what they claim."""
 
 import dataclasses
+import itertools
 import json
 import random
 import shutil
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, kstest
 from tiny import teach, tiny_model, tiny_study, tiny_tokenizer, write_part
 
 from mergelab import detectors, evidence, findings, score_table, statistics
@@ -634,10 +635,58 @@ def test_option_order_ranks_the_published_order_and_counts_exactly():
     told = finding.details
     assert told["suspects"]["published_likeliest"] == 8
     by_hand = 2 / 3 * 24**-8 + 1 / 3 * (24**-8 + 8 * 24**-7 * 23 / 24)  # the last has 3 orders
-    assert told["suspects"]["p_if_arbitrary"] == pytest.approx(by_hand)
-    assert told["controls"]["p_if_arbitrary"] == pytest.approx(binom.sf(-1, 9, 1 / 24))
-    exact = option_order._exact([np.array(values) for values in suspects[:8]])
-    assert exact["p_if_arbitrary"] == pytest.approx(binom.sf(7, 8, 1 / 24))
+    assert told["suspects"]["p_likeliest"] == pytest.approx(by_hand)
+    assert told["controls"]["p_likeliest"] == pytest.approx(binom.sf(-1, 9, 1 / 24))
+    exact = option_order.exact([np.array(values) for values in suspects[:8]])
+    assert exact["p_likeliest"] == exact["p_rank"] == pytest.approx(binom.sf(7, 8, 1 / 24))
+
+
+def test_the_p_of_summed_ranks_is_that_of_all_ways_to_publish():
+    items = [np.array(v, dtype=float) for v in ([2, 1, 3], [5, 5, 0], [1, 2], [7, 7])]
+    ways = [[option_order.rank(np.roll(v, -n)) * (len(v) - 1) for n in range(len(v))]
+            for v in items]  # fmt: skip
+    sums = np.array([sum(way) for way in itertools.product(*ways)])
+    p = option_order.exact(items)["p_rank"]
+    assert p == pytest.approx(np.mean(sums >= sum(way[0] for way in ways)))
+
+
+def unseen(rng, count, published):
+    """Advantages of items that nobody saw, of a model that likes large contents first: published
+    in an order drawn by chance, or with contents that all rise or all fall."""
+    found = []
+    for _ in range(count):
+        content = np.sort(rng.normal(size=4))
+        every = list(itertools.permutations(content[::-1] if published == "falling" else content))
+        values = [np.dot(order, [2.0, 0.5, -1.0, 0.0]) for order in every] + rng.normal(size=24)
+        found.append(np.roll(values, rng.integers(24) if published == "by chance" else 0))
+    return found
+
+
+def option_cell(suspects, controls):
+    """Evidence of the view of orders alone, of a base that knows nothing."""
+    views = {"suspects/orders": orders(suspects), "controls/orders": orders(controls)}
+    zeros = {name: tokens([[0]] * len(view.ids)) for name, view in views.items()}
+    return Evidence("b", Probed("m", views), Probed("base", zeros))
+
+
+def test_p_of_an_arbitrary_order_is_uniform_whatever_order_a_model_likes():
+    rng = np.random.default_rng(7)
+    p = [option_order.exact(unseen(rng, 20, "by chance"))["p_rank"] for _ in range(600)]
+    assert kstest(p, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    ("suspects", "controls", "misled"),
+    [("by chance", "rising", "p_mann_whitney"), ("falling", "falling", "p_order")],
+)
+def test_option_order_is_not_misled_if_controls_are_alike_or_the_order_is_arbitrary(
+    suspects, controls, misled
+):
+    rng = np.random.default_rng(8)
+    cells = [option_cell(unseen(rng, 10, suspects), unseen(rng, 14, controls)) for _ in range(100)]
+    found = [option_order.option_order(cell) for cell in cells]
+    assert np.mean([finding.p <= 0.05 for finding in found]) <= 0.08
+    assert np.mean([finding.details[misled] <= 0.05 for finding in found]) > 0.5
 
 
 PACKAGE = """
