@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from remerge_oracle import (
     WEIGHTS,
     dare_linear,
     old_linear,
+    sce,
     task_arithmetic,
     ties,
 )
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from mergelab import engine
 from mergelab.checkpoint import open_checkpoint
+from mergelab.forensics.peer_kernels import KINDS, snap
 from mergelab.forensics.remerge import remerge, show
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
@@ -200,7 +203,7 @@ def test_another_choice_among_equal_magnitudes_is_no_difference(
     assert result["verdict"] == "rounding only"
     assert "equal magnitude at a cut" in result["why"]
     assert max(t["share_chosen"] for t in result["tensors"]) > 0.005
-    assert all(t["share_differing"] == 0 for t in result["tensors"])
+    assert all(t["share_differing"] == t["relative_error"] == 0 for t in result["tensors"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -219,6 +222,31 @@ def test_a_free_choice_does_not_hide_another_density(
     result = check(path, publish(tmp_path / "q", found, models))
     assert result["verdict"] == "different"
     assert "entries are kept where it says" in result["why"]
+
+
+def test_sce_counts_its_share_in_float32(models: Path, tmp_path: Path) -> None:
+    """As mergekit does: a share just below a half is a half, and of large tensors (above 2^24
+    entries) the count is rounded."""
+    share = 0.5 - 1e-12
+    assert int(2560 * share) < int(np.float32(2560) * np.float32(share))
+    found = by_oracle(models, partial(sce, share=share), "bfloat16")
+    path = recipe(tmp_path, models, "sce", parameters={"select_topk": share})
+    result = check(path, publish(tmp_path / "p", found, models))
+    assert result["verdict"] in SAME, result["why"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_rounded_as_torch_rounds_them(dtype: str) -> None:
+    """Every exponent, with digits around the rounding edges; overflow, subnormals, signs."""
+    exponents = np.arange(0, 1 << 16, 1 << 7, dtype=np.uint32) << 16
+    digits = np.random.default_rng(0).integers(0, 1 << 23, 2000, dtype=np.uint32)
+    edges = (np.arange(64, dtype=np.uint32) << 12)[:, None] + np.array([0, 1, 0xFFF], np.uint32)
+    bits = exponents[:, None] | np.concatenate([digits, edges.ravel()])
+    values = bits.ravel().view(np.float32)
+    values = values[np.isfinite(values)]
+    rounded = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
+    snap(values, values.size, KINDS[NAMES[dtype]])
+    assert np.array_equal(values.view(np.uint32), rounded.view(np.uint32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -116,7 +116,8 @@ def _place() -> Path:
     """Where compiled code is kept; a folder that goes with this process if that is not writable."""
     digest = hashlib.sha256()
     here = Path(__file__)
-    for source in [here, *sorted((here.parent / "methods").glob("*.py"))]:
+    folders = [here.parent / "methods", here.parent / "forensics"]
+    for source in [here, *(file for folder in folders for file in sorted(folder.glob("*.py")))]:
         digest.update(source.read_bytes())
     name = f"kernels-{digest.hexdigest()[:12]}"
     chosen = os.environ.get("NUMBA_CACHE_DIR")

@@ -1,144 +1,118 @@
-"""mergekit's arithmetic, one operation after the other in the recipe's dtype.
+"""mergekit's arithmetic of scalars: parameters, cosines, and the factors that follow from them.
 
-mergekit rounds every intermediate to that dtype (bfloat16 keeps 8 bits), where mergelab computes in
-float32 and rounds once: a merge published by it is matched by doing the same. Written from measured
-behaviour of releases 0.1.4 and 0.1.5; tests and benchmarks/remerge.py hold it to them.
+mergekit rounds every intermediate to the recipe's dtype (bfloat16 keeps 8 bits), where mergelab
+computes in float32 and rounds once: a merge published by it is matched by doing the same. Written
+from measured behaviour of releases 0.1.4 and 0.1.5; tests and benchmarks/remerge.py hold it to
+them. What is done with whole tensors: peer_kernels, peer_blends.
 
-Legend: N experts, S elements; x (S) entries of one model in the work dtype, a torch tensor.
-Scalars that the recipe gives stay float64 until an operation rounds its result."""
+Legend: kind: the work dtype (peer_kernels.KINDS). Scalars that the recipe gives are not rounded
+until an operation rounds its result. Rows: torch tensors, one vector per row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from mergelab.methods.base import Settings
+import numpy as np
+
+from mergelab.forensics.peer_kernels import F32, snap
+from mergelab.methods.base import Array, Settings
 from mergelab.methods.consensus import NO_WEIGHT
-from mergelab.methods.sce import LEAST_SHARE
 from mergelab.methods.spherical import PARALLEL
 
 Torch = Any  # a torch.Tensor; torch is imported where it is used
+Factors = tuple[float, ...]
 LEAST_NORM = 1e-7  # nuslerp divides by no smaller one
 LEAST_SINE = 1e-16  # nuslerp: squares of sines up to this are a straight line
 LEAST_PRODUCT = 1e-6  # model_stock: products of norms are at least this
-LEAST_DISTANCE = 1e-6  # nearswap: distances are at least this
 
 
-def numbers(values: Sequence[float], like: Torch) -> Torch:
-    """Parameter values rounded to the work dtype, (len(values))."""
+def numbers(values: Sequence[float] | Array, kind: int) -> Array:
+    """Values rounded to the work dtype, as float32 (len(values))."""
+    rounded = np.array(values, np.float32)
+    snap(rounded, rounded.size, kind)
+    return rounded
+
+
+def number(value: float, kind: int) -> float:
+    """A float32 result, rounded to the work dtype."""
+    return float(numbers([value], kind)[0])
+
+
+def summed(values: Array, kind: int) -> float:
+    """The sum of numbers (N) of the work dtype: added in float32, rounded once."""
+    total = np.float32(0)
+    for value in values:
+        total += value
+    return number(float(total), kind)
+
+
+def plan(settings: Settings, weights: Array, kind: int, *, elect: bool) -> Array:
+    """How weighted task vectors are put together (peer_kernels.combine)."""
+    divisor = summed(weights, kind)
+    shared = settings.shared
+    divisor = 1.0 if abs(divisor) < NO_WEIGHT else divisor
+    return np.array([elect, shared["normalize"], divisor, shared["lambda"], -np.inf], np.float32)
+
+
+# --- factors from a cosine ------------------------------------------------------------------------
+
+
+def slerp(cosine: float, settings: Settings, kind: int) -> Factors:
+    """p, q, s of (p a + q b) / s, in float32; a straight line where nearly parallel."""
+    t = float(settings.shared["t"])
+    if abs(cosine) > PARALLEL:
+        return 1 - t, t, 1.0
+    angle = curve("acos", cosine, F32, kind)
+    sine = curve("sin", angle, F32, kind)
+    p, q = (curve("sin", times(share, angle, F32), F32, kind) for share in (1 - t, t))
+    return number(p / sine, F32), number(q / sine, F32), 1.0
+
+
+def nuslerp(cosine: float, settings: Settings, kind: int) -> Factors:
+    """SLERP by weights: p, q, s of (p a + q b) / s."""
+    t = share_of_second(settings)
+    if number(1 - number(cosine * cosine, kind), kind) <= LEAST_SINE:
+        return 1 - t, t, 1.0
+    angle = curve("acos", cosine, kind, kind)
+    p, q = (curve("sin", times(share, angle, kind), kind, kind) for share in (1 - t, t))
+    return p, q, curve("sin", angle, kind, kind)
+
+
+def times(share: float, angle: float, kind: int) -> float:
+    """A recipe's number times a scalar."""
+    return number(float(np.float32(share)) * angle, kind)
+
+
+def curve(name: str, value: float, kind: int, work: int) -> float:
+    """acos or sin. The last bit of torch's in float32 is its own, and seen in float32 merges."""
+    if work != F32:
+        return number(getattr(math, name)(value), kind)
     import torch
 
-    return torch.tensor(list(values), dtype=like.dtype)
+    return float(getattr(torch, name)(torch.tensor(value, dtype=torch.float32)))
 
 
-# --- single elements ------------------------------------------------------------------------------
+def share_of_second(settings: Settings) -> float:
+    """Weight of the second model as a share of both."""
+    first, second = settings.each("weight")
+    total = first + second
+    return 0.5 if abs(total) < 1e-6 else float(second / total)
 
 
-def linear(x: Sequence[Torch], settings: Settings) -> Torch:
-    """0.1.5: fused sums in float32 (float64 for float64 inputs), one rounding at the end."""
-    import torch
-
-    wide = torch.promote_types(x[0].dtype, torch.float32)
-    total = torch.zeros_like(x[0], dtype=wide)
-    weights = torch.tensor(settings.each("weight"), dtype=wide)
-    for one, weight in zip(x, weights, strict=True):
-        total = _fused(total, one.to(wide), weight)
-    if settings.shared["normalize"]:
-        total = total / weights.sum()
-    return total.to(x[0].dtype)
+def model_stock(cosine: float, settings: Settings, kind: int) -> Factors:
+    """Shares of the mean of N experts and of the base: t = N cos / (1 + (N - 1) cos), and 1 - t."""
+    count = len(settings.experts)
+    below = number(1 + number((count - 1) * cosine, kind), kind)
+    t = number(number(count * cosine, kind) / below, kind) if abs(below) >= LEAST_PRODUCT else 0.0
+    return t, number(1 - t, kind)
 
 
-def _fused(total: Torch, x: Torch, weight: Torch) -> Torch:
-    """total + weight x with one rounding, on processors without FMA too."""
-    import torch
-
-    if total.dtype == torch.float64:
-        return total.addcmul(x, weight)
-    return (total.double() + x.double() * weight.double()).float()
+# --- one cosine per row: rare, and left to torch --------------------------------------------------
 
 
-def linear_in_dtype(x: Sequence[Torch], settings: Settings) -> Torch:
-    """0.1.4: weights, products, sum and division in the work dtype."""
-    import torch
-
-    weights = numbers(settings.each("weight"), x[0])
-    total = torch.stack([one * weight for one, weight in zip(x, weights, strict=True)]).sum(0)
-    return total / weights.sum() if settings.shared["normalize"] else total
-
-
-def passthrough(x: Sequence[Torch], settings: Settings) -> Torch:
-    """The one model's entries times `scale`."""
-    (scale,) = settings.each("scale")
-    return x[0] if scale == 1 else x[0] * scale
-
-
-def nearswap(x: Sequence[Torch], settings: Settings) -> Torch:
-    """Towards the expert, the farther the nearer it is to the base."""
-    base, expert = x
-    share = settings.shared["t"] / (base - expert).abs().clamp(min=LEAST_DISTANCE)
-    share = share.clamp(0, 1)
-    return share * expert + (1 - share) * base
-
-
-# --- task vectors ---------------------------------------------------------------------------------
-
-
-def combine(base: Torch, deltas: Sequence[Torch], settings: Settings, *, elect: bool) -> Torch:
-    """base + lambda times the weighted task vectors, summed or elected (TIES)."""
-    import torch
-
-    weights = numbers(settings.each("weight"), base)
-    parts = torch.stack([d * w for d, w in zip(deltas, weights, strict=True)])
-    if elect:
-        merged, divisor = agreeing(parts, weights)
-    else:
-        merged = parts.sum(0)
-        divisor = torch.where(weights.sum().abs() < NO_WEIGHT, 1, weights.sum())
-    if settings.shared["normalize"]:
-        merged = merged / divisor
-    scale = settings.shared["lambda"]
-    return base + (merged if scale == 1 else merged * scale)
-
-
-def agreeing(parts: Torch, weights: Torch) -> tuple[Torch, Torch]:
-    """Sum of the parts (N, S) whose sign is that of their sum, and of their weights (1 for none).
-
-    A sum of zero elects plus; zeros have no sign."""
-    import torch
-
-    signs = torch.where(parts.sum(0) >= 0, 1, -1).to(parts.dtype)
-    agrees = (parts.sign() == signs).to(parts.dtype)
-    share = (weights[:, None] * agrees).sum(0)
-    return (parts * agrees).sum(0), torch.where(share == 0, 1, share)
-
-
-def sce(base: Torch, deltas: Torch, weights: Torch) -> Torch:
-    """Weighted mean of the selected task vectors (N, S) that agree in sign, added to the base."""
-    import torch
-
-    signs = torch.where(deltas.sum(0) >= 0, 1, -1).to(base.dtype)
-    agrees = (deltas.sign() == signs).to(base.dtype)
-    share = (agrees * weights[:, None]).sum(0).clamp(min=LEAST_SHARE)
-    return base + (deltas * weights[:, None] * agrees).sum(0) / share
-
-
-# --- directions: all of the tensor enters by one cosine -------------------------------------------
-
-
-def slerp(cosine: Torch, x: Sequence[Torch], settings: Settings) -> Torch:
-    """Great circle from base to expert in float32; a straight line where nearly parallel."""
-    import torch
-
-    t, dtype = settings.shared["t"], x[0].dtype
-    a, b = (one.to(torch.promote_types(dtype, torch.float32)) for one in x)
-    if abs(float(cosine)) > PARALLEL:
-        return ((1 - t) * a + t * b).to(dtype)
-    angle = torch.acos(cosine)
-    sine = torch.sin(angle)
-    return (torch.sin((1 - t) * angle) / sine * a + torch.sin(t * angle) / sine * b).to(dtype)
-
-
-def nuslerp(cosine: Torch, x: Sequence[Torch], settings: Settings) -> Torch:
+def nuslerp_rows(cosine: Torch, x: Sequence[Torch], settings: Settings) -> Torch:
     """SLERP by weights, of task vectors if there is a base (the first of three)."""
     import torch
 
@@ -150,15 +124,8 @@ def nuslerp(cosine: Torch, x: Sequence[Torch], settings: Settings) -> Torch:
     return merged + x[0] if len(x) == 3 else merged
 
 
-def share_of_second(settings: Settings) -> float:
-    """Weight of the second model as a share of both."""
-    first, second = settings.each("weight")
-    total = first + second
-    return 0.5 if abs(total) < 1e-6 else float(second / total)
-
-
-def model_stock(cosine: Torch, x: Sequence[Torch], settings: Settings) -> Torch:
-    """From the base towards the mean of N experts by N cos / (1 + (N - 1) cos), not clamped."""
+def model_stock_rows(cosine: Torch, x: Sequence[Torch]) -> Torch:
+    """From the base towards the mean of the experts, as far as `model_stock` says."""
     import torch
 
     base, *experts = x
@@ -166,9 +133,6 @@ def model_stock(cosine: Torch, x: Sequence[Torch], settings: Settings) -> Torch:
     below = 1 + (count - 1) * cosine
     t = torch.where(below.abs() < LEAST_PRODUCT, 0, count * cosine / below).to(base.dtype)
     return t * (sum(experts[1:], start=experts[0]) / count) + (1 - t) * base
-
-
-# --- cosines of vectors, in the work dtype --------------------------------------------------------
 
 
 def pair_cosines(deltas: Sequence[Torch], dim: int) -> Torch:

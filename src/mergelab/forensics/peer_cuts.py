@@ -3,66 +3,53 @@
 Its sort is not stable: of equal magnitudes at a cut it keeps any. In bfloat16 a large part of a
 task vector is such entries, so three kinds are told apart: kept, dropped, free.
 
-Legend: a key is the bits of a magnitude in the work dtype, as an integer; S entries."""
+Legend: a key is the bits of a magnitude in float32, as an integer; G groups of entries that are
+sorted, each with a cut: the least key that may lie within a rank, counted from the largest key on,
+and the least one that surely does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-HALF = 1 << 16
-BEYOND = 1 << 62  # above every key
-Keys = Callable[[], Iterable[Array]]
+from mergelab.forensics.peer_kernels import HALF
+from mergelab.methods.base import Array
+
+BEYOND = 1 << 31  # above every key
+Count = Callable[[Array], Array]  # keys per half of a key (G, HALF); see peer_kernels.count_keys
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The key of a rank, from the largest on; `split`: do equal ones lie beyond the rank, too?"""
+def windows(
+    ranks: Sequence[tuple[int, int]], size: int, counts: Array, count: Count, *, wide: bool
+) -> tuple[Array, Array]:
+    """Ranges of keys beyond a first rank up to a last one: what may be kept, what surely is (G, 2).
 
-    key: int
-    split: bool
-
-    def within(self, keys: Array) -> tuple[Array, Array]:
-        """Which entries (S) surely lie within the rank, and which may."""
-        if self.split:
-            return keys > self.key, keys == self.key
-        return keys >= self.key, np.zeros(keys.shape, bool)
-
-
-@dataclass(frozen=True)
-class Window:
-    """Entries beyond the rank of `first` up to that of `last`."""
-
-    first: Cut
-    last: Cut
-
-    def choose(self, keys: Array) -> tuple[Array, Array]:
-        """Which entries (S) are surely kept, and which are free."""
-        dropped, perhaps_dropped = self.first.within(keys)
-        kept, perhaps_kept = self.last.within(keys)
-        sure = kept & ~dropped & ~perhaps_dropped
-        return sure, (kept | perhaps_kept) & ~dropped & ~sure
+    counts (G, HALF): how often each upper half of a key occurs; wide: do they differ in their lower
+    halves, too, which `count` counts?"""
+    first, last = zip(*ranks, strict=True)
+    begin, end = (cuts(each, size, counts, count, wide=wide) for each in (first, last))
+    allowed = np.stack([end[:, 0], begin[:, 1]], axis=1)
+    sure = np.stack([end[:, 1], begin[:, 0]], axis=1)
+    return allowed.astype(np.uint32), sure.astype(np.uint32)
 
 
-ALL = Window(Cut(BEYOND, False), Cut(0, False))
-
-
-def counted(keys: Keys, *, upper: int | None = None) -> Array:
-    """How often each upper half of the keys occurs; with `upper`, each lower half below that one.
-
-    Keys of 16 bits are their own upper half."""
-    counts = np.zeros(HALF, np.int64)
-    for block in keys():
-        wide = block.dtype.itemsize == 4
-        high = (block >> np.uint32(16)) if wide else block
-        if upper is not None:
-            high = (block & np.uint32(HALF - 1))[high == upper]
-        counts += np.bincount(high.astype(np.uint16), minlength=HALF)
-    return counts
+def cuts(ranks: Sequence[int], size: int, counts: Array, count: Count, *, wide: bool) -> Array:
+    """The cut of each group (G, 2), at its rank; see `windows`."""
+    open = [group for group, rank in enumerate(ranks) if 0 < rank < size]
+    found = np.array([[BEYOND if rank <= 0 else 0] * 2 for rank in ranks], np.int64)
+    places = {group: find(counts[group], ranks[group]) for group in open}
+    if wide and open:
+        upper = np.array([places[g][0] if g in places else -2 for g in range(len(ranks))])
+        lower = count(upper)
+    for group, (key, belong) in places.items():
+        equal = int(counts[group, key])
+        key *= HALF
+        if wide:
+            low, belong = find(lower[group], belong)
+            key, equal = key + low, int(lower[group, low])
+        found[group] = key, key + (belong < equal)
+    return found
 
 
 def find(counts: Array, rank: int) -> tuple[int, int]:
@@ -71,20 +58,3 @@ def find(counts: Array, rank: int) -> tuple[int, int]:
     place = int(np.searchsorted(above, rank))
     value = HALF - 1 - place
     return value, rank - int(above[place] - counts[value])
-
-
-def window(keys: Keys, counts: Array, ranks: Sequence[int], *, wide: bool) -> Window:
-    """The window between two ranks. counts: of upper halves; wide: are keys 32 bits long?"""
-    size, found = int(counts.sum()), []
-    for rank in ranks:
-        if rank <= 0 or rank >= size:
-            found.append(Cut(BEYOND if rank <= 0 else 0, False))
-            continue
-        key, belong = find(counts, rank)
-        equal = int(counts[key])
-        if wide:
-            lower = counted(keys, upper=key)
-            low, belong = find(lower, belong)
-            key, equal = (key << 16) + low, int(lower[low])
-        found.append(Cut(key, belong < equal))
-    return Window(*found)

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from mergelab.checkpoint import NAMES
-from mergelab.forensics import peer
+from mergelab.checkpoint import NAMES, to_float
+from mergelab.forensics import peer, peer_blends
 from mergelab.forensics.peer import Torch
-from mergelab.forensics.peer_merge import WIDTHS, Array, Simulation
+from mergelab.forensics.peer_kernels import BF16, F16, F32
+from mergelab.forensics.peer_merge import Simulation
+from mergelab.methods.base import Array
 from mergelab.methods.gram import add_gram, symmetric
 
 SAMPLE = 1 << 14  # entries that tell a cosine
@@ -26,24 +28,23 @@ FAR = tuple(2**k for k in range(14, -1, -1))  # and how far off others are
 
 
 class Directed(Simulation):
-    """One cosine for the whole tensor."""
+    """One cosine for the whole tensor; `precision` is its dtype."""
 
     based = False  # is it one of task vectors?
-    single = False  # is it taken in float32 whatever the work dtype?
 
     @abstractmethod
-    def merged(self, cosine: Torch, x: Sequence[Torch]) -> Torch:
+    def merged(self, cosine: float, values: Array) -> Array:
         """The merged entries (S) with a cosine."""
+
+    @property
+    def precision(self) -> int:
+        """The work dtype, or another."""
+        return self.kind
 
     def nominal(self, gram: Array) -> float:
         """The cosine from dot products of the models, or of their task vectors."""
         aa, ab, bb = gram[0, 0], gram[0, 1], gram[1, 1]
         return float(ab / max(math.sqrt(aa) * math.sqrt(bb), 1e-30))
-
-    @property
-    def precision(self) -> str:
-        """The dtype of the cosine."""
-        return "F32" if self.single and self.work != "F64" else self.work
 
     def prepare(self) -> None:
         if self.merge.size:
@@ -54,96 +55,106 @@ class Directed(Simulation):
         """The cosine from dot products in float64."""
         models = len(self.merge.tensor.sources)
         gram = np.zeros((models - self.based, models - self.based))
-        kind = np.empty(0, "<f8" if self.merge.kind == "<f8" else "<f4")
-        for start in self.merge.starts():
-            values = self.merge.read(start, min(start + self.merge.step, self.merge.size))
+        for _, values in self.read():
+            kind = np.empty(0, "<f8" if values.dtype == np.float64 else "<f4")
             add_gram(values, self.based, gram, kind)
         return self.nominal(symmetric(gram))
 
-    def number(self, value: float) -> Torch:
-        """A number of the cosine's dtype."""
-        import torch
+    def products(self, norms: Array) -> tuple[Array, Array]:
+        """Squares (N) and products (N, N) as mergekit rounds them; see peer_blends.add_products."""
+        count = len(self.merge.tensor.sources) - self.based
+        squares, sums = np.zeros(count), np.zeros((count, count))
+        for _, values in self.read():
+            peer_blends.add_products(values, self.based, norms, self.kind, squares, sums)
+        return squares, sums
 
-        return torch.tensor(value, dtype=getattr(torch, NAMES[self.precision]))
-
-    def fitted(self, nominal: float) -> Torch:
+    def fitted(self, nominal: float) -> float:
         """The cosine near the nominal one that explains most of a sample of published entries.
 
         First the one at which published and merged entries agree in the mean, by bisection; then,
         as each number rounds otherwise, the best of those around it, near and far."""
         stop = min(self.merge.step, self.merge.size)
         at = np.unique(np.linspace(0, stop - 1, SAMPLE).astype(np.int64))
-        x = [one[at] for one in self.inputs(0, stop)]
+        values = self.merge.read(0, stop)[:, at]
         given = self.published.bits()[at]
         hits: dict[int, int] = {}
 
         def try_all(numbers: Iterable[int]) -> int:
             for number in numbers:
                 if number not in hits:
-                    made = self.stored(self.merged(self.of_rank(number), x))
+                    made = self.stored(self.merged(self.of_rank(number), values))
                     hits[number] = int(np.count_nonzero(made == given))
                 if hits[number] == len(at):
                     return number
             return max(hits, key=hits.__getitem__)
 
-        middle = self.balanced(nominal, x, self.published.floats(0, stop, "<f8")[at])
-        best = try_all([rank(self.number(nominal)), middle])
+        middle = self.balanced(nominal, values, self.published.floats(0, stop, "<f8")[at])
+        best = try_all([rank(nominal, self.precision), middle])
         best = try_all(middle + way * step for step in range(1, NEAR + 1) for way in (1, -1))
         for step in FAR:
             best = try_all([best + step, best - step]) if hits[best] < len(at) else best
         return self.of_rank(best)
 
-    def balanced(self, nominal: float, x: Sequence[Torch], wanted: Array) -> int:
+    def balanced(self, nominal: float, values: Array, wanted: Array) -> int:
         """The rank of the cosine at which merged entries agree with `wanted` (S) in the mean."""
-        low, high = self.bounds(nominal)
-        ends = [self.merged(cosine, x).double().numpy() for cosine in (low, high)]
-        way = ends[1] - ends[0]
-        first, last = rank(low), rank(high)
+        first, last = self.bounds(nominal)
+        low, high = (self.numbers(end, values) for end in (first, last))
+        way = high - low
         while last - first > 1 and np.any(way):
             middle = (first + last) // 2
-            made = self.merged(self.of_rank(middle), x).double().numpy()
-            short = float(((made - wanted) * way).sum()) < 0
+            short = float(((self.numbers(middle, values) - wanted) * way).sum()) < 0
             first, last = (middle, last) if short else (first, middle)
         return first
 
-    def bounds(self, nominal: float) -> tuple[Torch, Torch]:
-        """The least and the greatest cosine that mergekit may have found."""
-        if WIDTHS[self.precision] > 2:
-            return self.number(nominal - COSINE), self.number(nominal + COSINE)
-        middle = rank(self.number(nominal))
-        return self.of_rank(middle - STEPS), self.of_rank(middle + STEPS)
+    def numbers(self, number: int, values: Array) -> Array:
+        """Merged entries with the cosine of this rank, in float64 (S)."""
+        made = self.merged(self.of_rank(number), values)
+        return to_float(made, "BF16" if made.dtype == np.uint16 else "F32", "<f8")
 
-    def of_rank(self, number: int) -> Torch:
-        """The number of the cosine's dtype with this rank."""
-        import torch
+    def bounds(self, nominal: float) -> tuple[int, int]:
+        """The ranks of the least and the greatest cosine that mergekit may have found."""
+        if self.precision == F32:
+            low, high = max(-1.0, nominal - COSINE), min(1.0, nominal + COSINE)
+            return rank(low, F32), rank(high, F32)
+        middle = rank(nominal, self.precision)
+        return middle - STEPS, middle + STEPS
 
-        like = self.number(0.0)
-        size = like.element_size()
-        bits = abs(number) | ((1 << (8 * size - 1)) if number < 0 else 0)
-        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-        signed = bits - (1 << (8 * size)) if bits >> (8 * size - 1) else bits
-        return torch.tensor(signed, dtype=kind).view(like.dtype).clamp(-1, 1)
+    def of_rank(self, number: int) -> float:
+        """The cosine with this rank, at most 1 and at least -1."""
+        size = abs(number)
+        if self.precision == F16:
+            value = float(np.uint16(min(size, rank(1.0, F16))).view(np.float16))
+        else:
+            bits = size << 16 if self.precision == BF16 else size
+            value = float(np.uint32(min(bits, rank(1.0, F32))).view(np.float32))
+        return value if number >= 0 else -value
 
-    def value(self, x: Sequence[Torch]) -> Torch:
-        return self.merged(self.cosine, x)
+    def made(self, values: Array) -> Array:
+        return self.merged(self.cosine, values)
 
 
-def rank(cosine: Torch) -> int:
-    """The number of a float among those of its dtype, in ascending order; 0 for 0."""
-    import torch
-
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[cosine.element_size()]
-    bits = int(cosine.view(kind))
-    return bits if bits >= 0 else -(bits + (1 << (8 * cosine.element_size() - 1)))
+def rank(cosine: float, kind: int) -> int:
+    """The number of a cosine among the numbers of a dtype, in ascending order; 0 for 0."""
+    size = np.float32(abs(peer.number(cosine, kind)))
+    if kind == F16:
+        found = int(size.astype(np.float16).view(np.uint16))
+    else:
+        found = int(size.view(np.uint32)) >> (16 if kind == BF16 else 0)
+    return found if cosine >= 0 else -found
 
 
 class Slerp(Directed):
-    """The two raw tensors."""
+    """The two raw tensors, in float32."""
 
-    single = True
+    @property
+    def precision(self) -> int:
+        return F32
 
-    def merged(self, cosine: Torch, x: Sequence[Torch]) -> Torch:
-        return peer.slerp(cosine, x, self.settings)
+    def merged(self, cosine: float, values: Array) -> Array:
+        out = self.empty(values)
+        factors = np.array(peer.slerp(cosine, self.settings, self.kind), np.float32)
+        peer_blends.blend(values, factors, F32, self.kind, out)
+        return out
 
 
 class Nuslerp(Directed):
@@ -155,22 +166,18 @@ class Nuslerp(Directed):
 
     def found(self) -> float:
         """In 16 bits unit vectors and their products are rounded, in float16 often to 0."""
-        if WIDTHS[self.work] > 2:
+        if self.kind == F32:
             return super().found()
-        squares = np.zeros(2)
-        for a, b in self.vectors():
-            squares += [float(a.double().square().sum()), float(b.double().square().sum())]
-        norms = peer.numbers(list(np.sqrt(squares)), self.number(0)).clamp(min=peer.LEAST_NORM)
-        return sum(float((a / norms[0] * (b / norms[1])).double().sum()) for a, b in self.vectors())
+        raw, _ = self.products(np.empty(0, np.float32))
+        least = np.float32(peer.number(peer.LEAST_NORM, self.kind))
+        norms = np.maximum(peer.numbers(np.sqrt(raw), self.kind), least)
+        return float(self.products(norms)[1][0, 1])
 
-    def vectors(self) -> Iterator[tuple[Torch, Torch]]:
-        """The two vectors, block by block."""
-        for start in self.merge.starts():
-            x = self.inputs(start, min(start + self.merge.step, self.merge.size))
-            yield (x[1] - x[0], x[2] - x[0]) if self.based else (x[0], x[1])
-
-    def merged(self, cosine: Torch, x: Sequence[Torch]) -> Torch:
-        return peer.nuslerp(cosine, x, self.settings)
+    def merged(self, cosine: float, values: Array) -> Array:
+        out = self.empty(values)
+        factors = np.array(peer.nuslerp(cosine, self.settings, self.kind), np.float32)
+        peer_blends.blend(values, factors, self.kind, self.kind, out)
+        return out
 
 
 class ModelStock(Directed):
@@ -189,52 +196,50 @@ class ModelStock(Directed):
 
     def found(self) -> float:
         """In 16 bits every product is rounded, in float16 often to 0; sums and norms once."""
-        if WIDTHS[self.work] > 2:
+        if self.kind == F32:
             return super().found()
-        count = len(self.merge.tensor.experts)
-        squares, products = np.zeros(count), np.zeros((count, count))
-        for start in self.merge.starts():
-            x = self.inputs(start, min(start + self.merge.step, self.merge.size))
-            deltas = [expert - x[0] for expert in x[1:]]
-            squares += [float(delta.double().square().sum()) for delta in deltas]
-            for i, j in itertools.combinations(range(count), 2):
-                products[i, j] += float((deltas[i] * deltas[j]).double().sum())
-        like = self.number(0)
-        norms, sums = peer.numbers(list(np.sqrt(squares)), like), products
-        cosines = [
-            peer.numbers([sums[i, j]], like) / (norms[i] * norms[j]).clamp(min=peer.LEAST_PRODUCT)
-            for i, j in itertools.combinations(range(count), 2)
-        ]
-        return float(np.mean([float(cosine.clamp(-1, 1)) for cosine in cosines]))
+        squares, products = self.products(np.empty(0, np.float32))
+        norms = peer.numbers(np.sqrt(squares), self.kind)
+        least, cosines = peer.number(peer.LEAST_PRODUCT, self.kind), []
+        for i, j in itertools.combinations(range(len(norms)), 2):
+            norm = max(peer.number(norms[i] * norms[j], self.kind), least)
+            product = peer.number(products[i, j], self.kind) / norm
+            cosines.append(min(1.0, max(-1.0, peer.number(product, self.kind))))
+        return float(np.mean(cosines))
 
-    def merged(self, cosine: Torch, x: Sequence[Torch]) -> Torch:
-        return peer.model_stock(cosine, x, self.settings)
+    def merged(self, cosine: float, values: Array) -> Array:
+        t, rest = map(np.float32, peer.model_stock(cosine, self.settings, self.kind))
+        out = self.empty(values)
+        peer_blends.pull(values, t, rest, self.kind, out)
+        return out
 
 
 class ByRow(Simulation):
-    """One cosine per row: of the last dimension, or whole columns."""
+    """One cosine per row: of the last dimension, or whole columns. In torch, as it is rare."""
 
     columns = False
 
     @abstractmethod
-    def cosines(self, x: Sequence[Torch]) -> Torch:
-        """The cosine of each vector, along the last dimension of x, or the first (columns)."""
+    def rows(self, x: Sequence[Torch]) -> Torch:
+        """The merged vectors, of the models' (each R, row)."""
 
-    @abstractmethod
-    def merged(self, cosines: Torch, x: Sequence[Torch]) -> Torch:
-        """The merged entries."""
+    def made(self, values: Array) -> Array:
+        import torch
 
-    def value(self, x: Sequence[Torch]) -> Torch:
-        row = self.merge.row
-        shaped = [one.reshape(-1, row) for one in x]
-        return self.merged(self.cosines(shaped), shaped).reshape(-1)
+        dtype = getattr(torch, NAMES[self.work])
+        if values.dtype == np.uint16:
+            x = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(dtype)
+        else:
+            x = torch.from_numpy(values).to(dtype)
+        merged = self.rows([one.reshape(-1, self.merge.row) for one in x])
+        numbers: Array = merged.reshape(-1).float().numpy()
+        return numbers
 
-    def blocks(self) -> Iterator[tuple[int, Array]]:
+    def read(self) -> Iterator[tuple[int, Array]]:
         if not self.columns:
-            yield from super().blocks()
+            yield from super().read()
         elif self.merge.size:
-            self.x = self.inputs(0, self.merge.size)
-            yield 0, self.stored(self.value(self.x))
+            yield 0, self.merge.read(0, self.merge.size)
 
 
 class NuslerpRows(ByRow):
@@ -243,19 +248,15 @@ class NuslerpRows(ByRow):
     def prepare(self) -> None:
         self.columns = bool(self.settings.shared["nuslerp_row_wise"])
 
-    def cosines(self, x: Sequence[Torch]) -> Torch:
+    def rows(self, x: Sequence[Torch]) -> Torch:
         a, b = (x[1] - x[0], x[2] - x[0]) if len(x) == 3 else x
-        return peer.unit_cosine(a, b, 0 if self.columns else -1)
-
-    def merged(self, cosines: Torch, x: Sequence[Torch]) -> Torch:
-        return peer.nuslerp(cosines, x, self.settings)
+        cosines = peer.unit_cosine(a, b, 0 if self.columns else -1)
+        return peer.nuslerp_rows(cosines, x, self.settings)
 
 
 class ModelStockRows(ByRow):
     """Filters: rows of the last dimension."""
 
-    def cosines(self, x: Sequence[Torch]) -> Torch:
-        return peer.pair_cosines([one - x[0] for one in x[1:]], -1)[:, None]
-
-    def merged(self, cosines: Torch, x: Sequence[Torch]) -> Torch:
-        return peer.model_stock(cosines, x, self.settings)
+    def rows(self, x: Sequence[Torch]) -> Torch:
+        cosines = peer.pair_cosines([one - x[0] for one in x[1:]], -1)[:, None]
+        return peer.model_stock_rows(cosines, x)

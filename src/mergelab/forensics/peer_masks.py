@@ -9,7 +9,6 @@ task vector's L1 norm, which each mask's own luck changes a little."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.checkpoint import Tensor
+from mergelab.checkpoint import BITS, Tensor
+from mergelab.forensics.peer_mask_kernels import add_flips, add_sizes, judge
 from mergelab.forensics.peer_merge import recast
-from mergelab.forensics.remerge_tally import DIGITS, Array, Tally, ulp
-from mergelab.kernels import CHUNK, kernel, task_vectors
+from mergelab.forensics.remerge_tally import DIGITS, LEAST, Array, Tally
 from mergelab.methods.base import Settings, Stats
 from mergelab.methods.consensus import NO_WEIGHT
 from mergelab.methods.sparsify import factors
@@ -38,86 +37,13 @@ UNEXPLAINED = 2.0**-10  # share of entries that may be beyond these bounds
 ELECTS = ("dare_ties", "della")
 
 
-@kernel
-def judge(
-    values: Array,
-    published: Array,
-    ours: Array,
-    weights: Array,
-    plan: Array,
-    moments: Array,
-    kind: Any,
-) -> None:
-    """Add a block to moments (N + 1, 5 + N).
-
-    published, ours (S): merged entries, float64; weights (3, N): factor times weight, weight, and
-    by how much the factor may be off, relative; plan: elect, normalize, divisor, lambda, relative
-    error of all roundings, gain of the division, and whether subsets are tried.
-    Row m: sum of (published - ours) times the signs of tau m, its squares, and from column 5 on the
-    sums of tau k times those signs. Last row: difference of squares, its squares, squares of ours,
-    entries that no subset explains, and entries that differ from the base."""
-    experts, size = values.shape[0] - 1, values.shape[1]
-    base, taus = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
-    tau = np.empty(experts)
-    for start in range(0, size, CHUNK):
-        count = min(CHUNK, size - start)
-        task_vectors(values, start, count, base, taus)
-        for i in range(count):
-            b, p = np.float64(base[i]), published[start + i]
-            y, z = p - b, ours[start + i] - b
-            for m in range(experts):
-                tau[m] = taus[m, i]
-            for m in range(experts):
-                sign = np.sign(tau[m])
-                moments[m, 0] += sign * (y - z)
-                moments[m, 1] += (sign * (y - z)) ** 2
-                for k in range(experts):
-                    moments[m, 5 + k] += sign * tau[k]
-            moments[experts, 0] += y * y - z * z
-            moments[experts, 1] += (y * y - z * z) ** 2
-            moments[experts, 2] += z * z
-            moments[experts, 4] += y != 0
-            if plan[6] != 0:
-                explained = explain(b, tau, p, weights, plan)
-                moments[experts, 3] += not explained
-
-
-@kernel
-def explain(base: float, tau: Array, published: float, weights: Array, plan: Array) -> bool:
-    """Is an entry the base plus what some subset of the task vectors' entries (N) gives?"""
-    experts = tau.shape[0]
-    error = 0.0
-    for m in range(experts):
-        error += abs(weights[0, m] * tau[m]) * (weights[2, m] + plan[4])
-    room = plan[3] * plan[5] * error + plan[4] * (abs(base) + abs(published))
-    for subset in range((1 << experts) - 1, -1, -1):
-        vote = 0.0
-        for m in range(experts):
-            if (subset >> m) & 1:
-                vote += weights[0, m] * tau[m]
-        for sign in (1.0, -1.0):
-            if vote * sign < -error:
-                continue
-            merged, share = 0.0, 0.0
-            for m in range(experts):
-                part = weights[0, m] * tau[m]
-                if (subset >> m) & 1 and (plan[0] == 0 or part * sign > 0):
-                    merged += part
-                    share += weights[1, m]
-            if plan[1] != 0:
-                divisor = plan[2] if plan[0] == 0 else share
-                merged = merged / (divisor if divisor != 0 else 1.0)
-            if abs(base + plan[3] * merged - published) <= room:
-                return True
-    return False
-
-
 @dataclass
 class Masked(Tally):
     """A tally of a tensor whose mask is another; `moments` as in `judge`.
 
     bias, luck: by how much a factor may be off through rounding, and through its mask, relative;
-    weights (N): what the experts enter with, before a division by their sum; flips (2): see there.
+    weights (N): what the experts enter with, before a division by their sum; flips (2): see
+    `add_flips`.
     """
 
     moments: Array = field(default_factory=lambda: np.zeros((1, 6)))
@@ -130,9 +56,7 @@ class Masked(Tally):
 
 def compare(checker: Checker, tensor: Planned, published: Tensor) -> Masked:
     """Judge one tensor: what rounding and chance allow is 'other mask', all else 'different'."""
-    work = checker.work(tensor)
-    wide = "F64" if "F64" in {tensor.dtype, *(one.dtype for one in tensor.sources)} else "F32"
-    merge = checker.merge(dataclasses.replace(tensor, dtype=wide))
+    work, merge = checker.work(tensor), checker.merge(tensor)
     stats = merge.survey()
     settings, method, count = tensor.settings, merge.method, len(tensor.experts)
     weights = strengths(merge, stats)
@@ -146,29 +70,19 @@ def compare(checker: Checker, tensor: Planned, published: Tensor) -> Masked:
         elects=method.name in ELECTS,
     )
     plan = endings(settings, method.name, work, published.dtype)
+    edge = DIGITS[tally.coarse], LEAST[tally.coarse], ROUNDINGS * 2.0 ** -(DIGITS[work] + 1)
+    wide = "F64" if merge.kind == BITS["F64"] else "F32"
     for block in merge.blocks():
-        exact = np.empty(block.values.shape[1], merge.kind)
+        exact = np.empty(block.values.shape[1], BITS[wide])
         method.merge(block, settings, stats, {}, exact)
         bits = recast(exact, wide, tensor.dtype, published.dtype)
-        at = tally.add(block.start, bits)
         given = tally.given[block.start : block.start + len(bits)]
-        tally.count(bits[at], given[at], np.zeros(len(at), bool))
         merged = tally.floats(given), tally.floats(bits)
-        judge(block.values, *merged, weights, plan, tally.moments, block.numbers([]))
-        tally.flips += flips(exact.astype(float), merged[1], block.values[0], tally.coarse, work)
+        tally.compare(bits, given, merged[1], merged[0])
+        judge(block.values, *merged, weights, plan, tally.moments, exact[:0])
+        add_flips(block.values, exact, merged[1], *edge, tally.flips)
     tally.mask = judged([tally])
     return tally
-
-
-def flips(exact: Array, merged: Array, base: Array, dtype: str, work: str) -> Array:
-    """How far sums of entries and of squares may be moved by entries close to a rounding edge: (2).
-
-    Task vectors of a few ulps take few values, so that one rounding on the way may move all entries
-    of one value over an edge together. exact, merged (S): before and after rounding to dtype."""
-    step, change = ulp(exact, dtype), np.abs(exact - base)
-    error = ROUNDINGS * 2.0 ** -(DIGITS[work] + 1) * change
-    step = np.where(step / 2 - np.abs(exact - merged) <= error, step, 0.0)
-    return np.array([step.sum(), (step * (2 * change + step)).sum()])
 
 
 def strengths(merge: TensorMerge, stats: Stats) -> Array:
@@ -178,9 +92,7 @@ def strengths(merge: TensorMerge, stats: Stats) -> Array:
     settings, count = merge.tensor.settings, len(merge.tensor.experts)
     norms, squares = np.zeros(count), np.zeros(count)
     for block in merge.blocks():
-        tau = block.values[1:].astype(float) - block.values[0]
-        norms += np.abs(tau).sum(axis=1)
-        squares += (tau * tau).sum(axis=1)
+        add_sizes(block.values, norms, squares, block.numbers([]))
     own = np.array(factors(settings, stats))
     density = np.clip(settings.each("density"), 1e-9, 1.0)
     epsilon = np.array([each.get("epsilon", 0.0) for each in settings.experts])

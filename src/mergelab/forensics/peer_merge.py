@@ -9,83 +9,86 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from mergelab.blocks import TensorMerge
-from mergelab.checkpoint import NAMES, Tensor, from_float, to_float
-from mergelab.forensics import peer
-from mergelab.forensics.peer import Torch
-from mergelab.forensics.peer_cuts import ALL, counted, window
+from mergelab.checkpoint import Tensor, from_float, to_float
+from mergelab.forensics import peer, peer_blends, peer_cuts
+from mergelab.forensics.peer_kernels import BF16, HALF, KINDS, count_keys, merge_window
+from mergelab.kernels import encode, kernel
+from mergelab.methods.base import Array
 
-Array = np.ndarray[Any, Any]
 FREE = 6  # most experts whose free entries are tried in every combination
 WIDTHS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+NOTHING: Array = np.empty(0, np.uint8)
+ALL = np.array([0, peer_cuts.BEYOND], np.uint32)  # the range of all keys
 
 
 def recast(bits: Array, given: str, *wanted: str) -> Array:
     """Stored bits in another format, by way of each of `wanted`."""
     for dtype in wanted:
-        if dtype != given:
+        if (given, dtype) == ("F32", "BF16"):
+            wide, bits = np.ascontiguousarray(bits), np.empty(bits.shape, "<u2")
+            narrow(wide, bits)
+            given = dtype
+        elif dtype != given:
             bits = from_float(to_float(bits, given, "<f8" if given == "F64" else "<f4"), dtype)
             given = dtype
     return bits
 
 
+@kernel
+def narrow(values: Array, out: Array) -> None:
+    """Round to bfloat16."""
+    encode(values, values.size, out, 0)
+
+
 class Simulation(ABC):
     """What mergekit makes of one tensor; `work` is the dtype of its arithmetic.
 
-    `merge` reads the sources; `published` is the tensor that is explained."""
+    `merge` reads the sources; `published` is the tensor that is explained. values (M, S): entries
+    of the last block as they were read, the base first; they are rounded to the work dtype where
+    they are used."""
 
     def __init__(self, merge: TensorMerge, work: str, published: Tensor) -> None:
-        import torch
-
         self.merge, self.work, self.published = merge, work, published
-        self.settings = merge.tensor.settings
-        self.dtype = getattr(torch, NAMES[work])
-        self.x: list[Torch] = []
+        self.settings, self.kind = merge.tensor.settings, KINDS[work]
+        self.out = np.dtype("<u2" if self.kind == BF16 else "<f4")  # the latter for float16 too
+        self.values = np.empty((0, 0))
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to look at
         """Look at the sources, where all of the tensor enters."""
 
     @abstractmethod
-    def value(self, x: Sequence[Torch]) -> Torch:
-        """The merged entries (S) from those of the models, the base first."""
+    def made(self, values: Array) -> Array:
+        """The merged entries (S) from those of the models (M, S): numbers of the work dtype."""
 
-    def inputs(self, start: int, stop: int) -> list[Torch]:
-        """Entries [start, stop) of the models in the work dtype, the base first."""
-        import torch
+    def read(self) -> Iterator[tuple[int, Array]]:
+        """First element and entries (M, S) of each block; gone when the next one is asked for."""
+        for start in self.merge.starts():
+            yield start, self.merge.read(start, min(start + self.merge.step, self.merge.size))
 
-        values = self.merge.read(start, stop)
-        if values.dtype == np.uint16:
-            return list(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(self.dtype))
-        return list(torch.from_numpy(values).to(self.dtype))
+    def empty(self, values: Array) -> Array:
+        """Room for the merged entries."""
+        return np.empty(values.shape[1], self.out)
 
-    def keys(self, magnitude: Torch) -> Array:
-        """The bits of magnitudes, as integers that sort as they do."""
-        import torch
-
-        kind = torch.int16 if WIDTHS[self.work] == 2 else torch.int32
-        bits: Array = magnitude.contiguous().view(kind).numpy()
-        return bits.view(f"<u{bits.itemsize}")
-
-    def stored(self, value: Torch) -> Array:
+    def stored(self, made: Array) -> Array:
         """Merged entries as the recipe stores them, then as the published file does."""
-        import torch
-
-        if self.work == "BF16":
-            bits = value.contiguous().view(torch.int16).numpy().view("<u2")
-        else:
-            bits = value.numpy()
-        return recast(bits, self.work, self.merge.tensor.dtype, self.published.dtype)
+        given = "BF16" if made.dtype == np.uint16 else "F32"
+        return recast(made, given, self.merge.tensor.dtype, self.published.dtype)
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """First element and bits of each block, once prepared."""
-        for start in self.merge.starts():
-            self.x = self.inputs(start, min(start + self.merge.step, self.merge.size))
-            yield start, self.stored(self.value(self.x))
+        for start, values in self.read():
+            self.values = values
+            yield start, self.stored(self.made(values))
+
+    def terms(self, at: Array) -> Array:
+        """The models' numbers (M, len(at)) at some entries of the last block, in float64."""
+        dtype = "BF16" if self.values.dtype == np.uint16 else "F32"
+        return to_float(self.values[:, at], dtype, "<f8")
 
     def settle(self, given: Array) -> Array:
         """Which entries of the last block may hold the published bits `given` besides (S)."""
@@ -99,48 +102,55 @@ class Simulation(ABC):
 class Choosing(Simulation):
     """Methods that keep a number of entries, any of those that are equal at the cut.
 
-    groups: how many choices there are, each with a number of its own. Over all blocks: sure, the
-    entries that are kept for certain; least and most, how many of the free ones are kept, as far as
-    the published entries tell (groups)."""
+    They are chosen in groups, each with a range of keys that may be kept, and one that surely is:
+    allowed, sure (G, 2). kept: how many each group ought to keep. Over all blocks: certain, entries
+    kept for certain; least and most, how many of the free ones are, as far as the published entries
+    tell (G). free (S): bit g is set where the last block's entry is free in group g."""
 
     kept: list[int]
-    chosen: list[tuple[Array, Array]]
+    allowed: Array
+    sure: Array
 
     def start(self, kept: list[int]) -> None:
-        """Begin to count; `kept` is what each group's number ought to be."""
+        """Begin to count."""
         self.kept = kept
-        self.sure, self.least, self.most = (np.zeros(len(kept), np.int64) for _ in range(3))
+        self.certain, self.least, self.most = (np.zeros(len(kept), np.int64) for _ in range(3))
+        self.room = np.empty(self.merge.step, np.uint8)
 
     @abstractmethod
-    def outcome(self, x: Sequence[Torch], pick: Sequence[bool], at: Any) -> Torch:
-        """The merged entries `at` (of the block's) if the free ones of picked groups are kept."""
+    def choose(self, values: Array, keep: Array, sure: Array, counts: Array, free: Array) -> Array:
+        """The merged entries if keys in the ranges `keep` (G, 2) are kept.
+
+        Unless `free` is empty, it is filled, and counts (G) are raised by what is sure."""
+
+    def made(self, values: Array) -> Array:
+        self.free = self.room[: values.shape[1]]
+        return self.choose(values, self.allowed, self.sure, self.certain, self.free)
 
     def settle(self, given: Array) -> Array:
-        import torch
-
         allowed = super().settle(given)
-        self.sure += [np.count_nonzero(sure) for sure, _ in self.chosen]
-        free = np.array([free for _, free in self.chosen])
-        at = np.flatnonzero(free.any(axis=0))
-        if not len(at) or len(free) > FREE:
+        at, groups = np.flatnonzero(self.free != 0), len(self.kept)
+        if not len(at) or groups > FREE:
             return allowed
-        x, where = [one[torch.from_numpy(at)] for one in self.x], torch.from_numpy(at)
-        without = np.zeros((len(free), len(at)), bool)  # is there an explanation without it?
-        found = np.zeros((len(free), len(at)), bool)  # and one with it?
-        for pick in itertools.product((True, False), repeat=len(free)):
-            fits = self.stored(self.outcome(x, pick, where)) == given[at]
-            for group, keep in enumerate(pick):
-                (found if keep else without)[group] |= fits
-        explained = found.any(axis=0) | without.any(axis=0)
+        values, given = self.values[:, at], given[at]
+        free = (self.free[at] >> np.arange(groups, dtype=np.uint8)[:, None]) & 1 != 0
+        without = np.zeros(free.shape, bool)  # is there an explanation without it?
+        found = np.zeros(free.shape, bool)  # and one with it?
+        for pick in itertools.product((True, False), repeat=groups):
+            keep = np.where(np.array(pick)[:, None], self.allowed, self.sure)
+            fits = self.stored(self.choose(values, keep, keep, self.certain, NOTHING)) == given
+            for group, with_it in enumerate(pick):
+                (found if with_it else without)[group] |= fits
+        explained = found[0] | without[0]
         allowed[at] = explained
-        self.least += (free[:, at] & ~without & explained).sum(axis=1)
-        self.most += (free[:, at] & (found | ~explained)).sum(axis=1)
+        self.least += (free & ~without & explained).sum(axis=1)
+        self.most += (free & (found | ~explained)).sum(axis=1)
         return allowed
 
     def miscounted(self) -> str:
         if len(self.kept) > FREE:
             return ""
-        least, most = self.sure + self.least, self.sure + self.most
+        least, most = self.certain + self.least, self.certain + self.most
         wrong = [
             f"{a:,} to {b:,} entries are kept where it says {kept:,}"
             for a, b, kept in zip(least, most, self.kept, strict=True)
@@ -149,50 +159,80 @@ class Choosing(Simulation):
         return "; ".join(wrong)
 
 
-class Single(Simulation):
-    """Methods that work on single entries."""
-
-    function: Callable[..., Torch]
-
-    def value(self, x: Sequence[Torch]) -> Torch:
-        return type(self).function(x, self.settings)
-
-
 class Copied(Simulation):
     """A tensor that only one model has."""
 
-    def value(self, x: Sequence[Torch]) -> Torch:
-        return x[0]
+    def made(self, values: Array) -> Array:
+        out = self.empty(values)
+        peer_blends.weighted(values, np.ones(1, np.float32), np.float32(0), self.kind, out)
+        return out
 
 
-class Linear(Single):
-    function = staticmethod(peer.linear)
+class Linear(Simulation):
+    """0.1.5: fused sums in float32, one rounding at the end."""
+
+    def made(self, values: Array) -> Array:
+        weights = np.array(self.settings.each("weight"), np.float32)
+        divisor = peer.summed(weights, KINDS["F32"]) if self.settings.shared["normalize"] else 0.0
+        out = self.empty(values)
+        peer_blends.fused(values, weights, np.float32(divisor), self.kind, out)
+        return out
 
 
-class OldLinear(Single):
-    function = staticmethod(peer.linear_in_dtype)
+class OldLinear(Simulation):
+    """0.1.4: weights, products, sum and division in the work dtype."""
+
+    def made(self, values: Array) -> Array:
+        weights = peer.numbers(self.settings.each("weight"), self.kind)
+        divisor = peer.summed(weights, self.kind) if self.settings.shared["normalize"] else 0.0
+        out = self.empty(values)
+        peer_blends.weighted(values, weights, np.float32(divisor), self.kind, out)
+        return out
 
 
-class Passthrough(Single):
-    function = staticmethod(peer.passthrough)
+class Passthrough(Simulation):
+    """The one model's entries times `scale`."""
+
+    def made(self, values: Array) -> Array:
+        scales = np.array(self.settings.each("scale"), np.float32)
+        out = self.empty(values)
+        peer_blends.weighted(values, scales, np.float32(0), self.kind, out)
+        return out
 
 
-class Nearswap(Single):
-    function = staticmethod(peer.nearswap)
+class Nearswap(Simulation):
+    """Towards the expert, the farther the nearer it is to the base."""
+
+    def made(self, values: Array) -> Array:
+        t, out = np.float32(self.settings.shared["t"]), self.empty(values)
+        least = np.float32(peer.number(peer_blends.LEAST_DISTANCE, self.kind))
+        peer_blends.near(values, t, least, self.kind, out)
+        return out
 
 
-class Added(Simulation):
-    """Task arithmetic: whole task vectors."""
+class Summed(Simulation):
+    """Weighted task vectors; of each, a range of keys is kept."""
 
     elect = False
 
-    def value(self, x: Sequence[Torch]) -> Torch:
-        base, *experts = x
-        deltas = [expert - base for expert in experts]
-        return peer.combine(base, deltas, self.settings, elect=self.elect)
+    def choose(self, values: Array, keep: Array, sure: Array, counts: Array, free: Array) -> Array:
+        """See Choosing."""
+        weights = peer.numbers(self.settings.each("weight"), self.kind)
+        plan = peer.plan(self.settings, weights, self.kind, elect=self.elect)
+        out = self.empty(values)
+        merge_window(values, keep, sure, weights, plan, self.kind, out, counts, free)
+        return out
 
 
-class Trimmed(Choosing):
+class Added(Summed):
+    """Task arithmetic: whole task vectors."""
+
+    def made(self, values: Array) -> Array:
+        every = np.tile(ALL, (len(values) - 1, 1))
+        return self.choose(values, every, every, np.zeros(len(every), np.int64), NOTHING)
+
+
+class Trimmed(Summed, Choosing):
     """TIES and breadcrumbs: a window of magnitudes of each task vector."""
 
     elect, outliers = True, False
@@ -201,56 +241,29 @@ class Trimmed(Choosing):
         """Where an expert's window begins and ends, from the largest on."""
         own, size = self.settings.experts[expert], self.merge.size
         kept = int(own["density"] * size)
+        if own["density"] >= 1:
+            return 0, size
         if not self.outliers:
             return 0, max(1, kept) if own["density"] > 0 else 0
         below = max(0, size - kept - int(own["gamma"] * size))
         return size - below - kept, size - below
 
     def prepare(self) -> None:
-        count = len(self.settings.experts)
-        thin = [m for m in range(count) if self.settings.experts[m]["density"] < 1]
-        totals = {m: np.zeros(1 << 16, np.int64) for m in thin}
-        for start in self.merge.starts() if thin else ():
-            x = self.inputs(start, min(start + self.merge.step, self.merge.size))
-            for m in thin:
-                keys = self.keys((x[m + 1] - x[0]).abs())
-                totals[m] += counted(lambda keys=keys: [keys])  # type: ignore[misc]
-        self.windows = [
-            window(lambda m=m: self.all_keys(m), totals[m], self.ranks(m), wide=self.wide)  # type: ignore[misc]
-            if m in thin
-            else ALL
-            for m in range(count)
-        ]
-        spans = [self.ranks(m) if m in thin else (0, self.merge.size) for m in range(count)]
-        self.start([last - first for first, last in spans])
+        ranks = [self.ranks(expert) for expert in range(len(self.settings.experts))]
+        size, counts = self.merge.size, np.zeros((len(ranks), HALF), np.int64)
+        if any(0 < rank < size for pair in ranks for rank in pair):
+            counts = self.count(np.full(len(ranks), -1))
+        self.allowed, self.sure = peer_cuts.windows(
+            ranks, size, counts, self.count, wide=self.kind != BF16
+        )
+        self.start([last - first for first, last in ranks])
 
-    @property
-    def wide(self) -> bool:
-        """Are keys longer than 16 bits?"""
-        return WIDTHS[self.work] > 2
-
-    def all_keys(self, expert: int) -> Iterator[Array]:
-        """Keys of one expert's task vector, block by block."""
-        for start in self.merge.starts():
-            x = self.inputs(start, min(start + self.merge.step, self.merge.size))
-            yield self.keys((x[expert + 1] - x[0]).abs())
-
-    def value(self, x: Sequence[Torch]) -> Torch:
-        deltas = [expert - x[0] for expert in x[1:]]
-        self.chosen = [
-            own.choose(self.keys(delta.abs()))
-            for own, delta in zip(self.windows, deltas, strict=True)
-        ]
-        return self.outcome(x, [True] * len(deltas), slice(None))
-
-    def outcome(self, x: Sequence[Torch], pick: Sequence[bool], at: Any) -> Torch:
-        import torch
-
-        kept = []
-        for expert, keep, (sure, free) in zip(x[1:], pick, self.chosen, strict=True):
-            mask = torch.from_numpy(sure | free if keep else sure)[at]
-            kept.append((expert - x[0]) * mask.to(self.dtype))
-        return peer.combine(x[0], kept, self.settings, elect=self.elect)
+    def count(self, upper: Array) -> Array:
+        """How often each half of a key occurs (N, HALF); see peer_kernels.count_keys."""
+        counts = np.zeros((len(upper), HALF), np.int64)
+        for _, values in self.read():
+            count_keys(values, upper, self.kind, counts)
+        return counts
 
 
 class Breadcrumbs(Trimmed):

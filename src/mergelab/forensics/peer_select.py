@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 import numpy as np
 
 from mergelab.blocks import TensorMerge
 from mergelab.checkpoint import Tensor
 from mergelab.forensics import peer
-from mergelab.forensics.peer import Torch
-from mergelab.forensics.peer_cuts import ALL, counted, window
+from mergelab.forensics.peer_blends import weighted
+from mergelab.forensics.peer_cuts import BEYOND, windows
 from mergelab.forensics.peer_directions import (
     ModelStock,
     ModelStockRows,
@@ -19,10 +16,19 @@ from mergelab.forensics.peer_directions import (
     NuslerpRows,
     Slerp,
 )
+from mergelab.forensics.peer_kernels import (
+    BF16,
+    HALF,
+    combine,
+    count_halves,
+    differences,
+    scale,
+    snap,
+    tell_free,
+    total,
+)
 from mergelab.forensics.peer_merge import (
-    WIDTHS,
     Added,
-    Array,
     Breadcrumbs,
     BreadcrumbsTies,
     Choosing,
@@ -34,78 +40,152 @@ from mergelab.forensics.peer_merge import (
     Simulation,
     Trimmed,
 )
-from mergelab.methods.sce import EVEN
+from mergelab.kernels import CHUNK, LANES, add_magnitudes, encode, kernel, lanes_total
+from mergelab.methods.base import Array
+from mergelab.methods.sce import EVEN, LEAST_SHARE
+from mergelab.methods.trim_kernels import variances
+
+
+@kernel
+def count_variances(values: Array, upper: Array, kind: int, counts: Array) -> None:
+    """Count the variances' keys; see peer_kernels.count_keys. There is one group of them."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, np.float32), np.empty((experts, CHUNK), np.float32)
+    key = np.empty(CHUNK, np.float32)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        differences(values, at, count, kind, base, deltas)
+        variances(deltas, count, key)
+        snap(key, count, kind)
+        count_halves(key[:count].view(np.uint32), upper[0], counts[0])
+
+
+@kernel
+def select(
+    deltas: Array, count: int, kind: int, keep: Array, sure: Array, free: Array, counts: Array,
+    key: Array,
+) -> None:  # fmt: skip
+    """Make the entries zero whose variance is out of the range; see peer_kernels.merge_window."""
+    if keep[0, 0] == 0 and sure[0, 1] == BEYOND:
+        free[:] = 0
+        return
+    variances(deltas, count, key)
+    snap(key, count, kind)
+    keys = key[:count].view(np.uint32)
+    if free.size:
+        tell_free(keys, keep[0], sure[0], 0, free, counts)
+    least, beyond, zero = keep[0, 0], keep[0, 1], np.float32(0)
+    for m in range(deltas.shape[0]):
+        delta = deltas[m]
+        for i in range(count):
+            delta[i] = delta[i] if (keys[i] >= least) & (keys[i] < beyond) else zero
+
+
+@kernel
+def add_squares(
+    values: Array, keep: Array, sure: Array, differs: Array, kind: int, squares: Array
+) -> None:
+    """Add the rounded squares of selected entries to squares (N), in float64.
+
+    differs (S): do entries that may be selected, but not for certain, count?"""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, np.float32), np.empty((experts, CHUNK), np.float32)
+    key, free, zero = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8), np.float32(0)
+    lanes, counts = np.zeros((experts, LANES)), np.zeros(1, np.int64)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        differences(values, at, count, kind, base, deltas)
+        select(deltas, count, kind, keep, sure, free[:count], counts, key)
+        counted = differs[at : at + count]
+        for m in range(experts):
+            delta = deltas[m]
+            for i in range(count):
+                square = delta[i] * delta[i]
+                delta[i] = square if (free[i] == 0) | counted[i] else zero
+            snap(delta, count, kind)
+            add_magnitudes(delta, count, lanes[m])
+    for m in range(experts):
+        squares[m] += lanes_total(lanes[m])
+
+
+@kernel
+def merge_selected(
+    values: Array,
+    keep: Array,
+    sure: Array,
+    weights: Array,
+    plan: Array,
+    kind: int,
+    out: Array,
+    counts: Array,
+    free: Array,
+) -> None:
+    """Add the weighted mean of the selected entries that agree in sign to the base.
+
+    Signs are those of the unweighted task vectors' sum. See peer_kernels.merge_window."""
+    experts, size = values.shape[0] - 1, values.shape[1]
+    base, deltas = np.empty(CHUNK, np.float32), np.empty((experts, CHUNK), np.float32)
+    key, vote = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    scratch = np.empty((2, CHUNK), np.float32)
+    for at in range(0, size, CHUNK):
+        count = min(CHUNK, size - at)
+        differences(values, at, count, kind, base, deltas)
+        select(deltas, count, kind, keep, sure, free[at : at + count], counts, key)
+        total(deltas, count, kind, vote)
+        for m in range(experts):
+            scale(deltas[m], weights[m], count, kind)
+        combine(deltas, vote, weights, plan, kind, count, base, scratch)
+        encode(base, count, out, at)
 
 
 class Sce(Choosing):
     """Entries of largest variance over the task vectors; which of equal ones, the merge tells."""
 
-    def variance(self, x: Sequence[Torch]) -> tuple[Torch, Torch]:
-        """Task vectors (N, S) and their variance over the experts (S), in the work dtype."""
-        import torch
-
-        deltas = torch.stack([expert - x[0] for expert in x[1:]])
-        wide = deltas.double()  # as torch does inside `var`, which is many times slower
-        return deltas, (wide - wide.mean(0)).square_().mean(0).to(self.dtype)
-
-    def each(self) -> Iterator[tuple[int, list[Torch]]]:
-        """The inputs, block by block."""
-        for start in self.merge.starts():
-            yield start, self.inputs(start, min(start + self.merge.step, self.merge.size))
-
-    def keys_of_all(self) -> Iterator[Array]:
-        """The variances' bits, block by block."""
-        for _, x in self.each():
-            yield self.keys(self.variance(x)[1])
-
     def prepare(self) -> None:
-        share = self.settings.shared["select_topk"]
-        self.window, kept = ALL, self.merge.size
+        share, size = self.settings.shared["select_topk"], self.merge.size
+        wide, ranks, counts = self.kind != BF16, [(0, size)], np.zeros((1, HALF), np.int64)
         if share < 1:
-            counts, zeros = np.zeros(1 << 16, np.int64), 0
-            for keys in self.keys_of_all():
-                counts += counted(lambda keys=keys: [keys])  # type: ignore[misc]
-                zeros += int(np.count_nonzero(keys == 0))
-            kept = int((self.merge.size - zeros) * share)
-            self.window = window(self.keys_of_all, counts, (0, kept), wide=WIDTHS[self.work] > 2)
-        self.start([kept])
+            counts = self.count(np.full(1, -1))
+            low = self.count(np.zeros(1, np.int64)) if wide else counts
+            entries = np.float32(size - int(low[0, 0]))  # mergekit multiplies in float32
+            ranks = [(0, int(entries * np.float32(share)))]
+        self.allowed, self.sure = windows(ranks, size, counts, self.count, wide=wide)
+        self.start([ranks[0][1]])
         self.weights = self.found_weights()
 
-    def found_weights(self) -> Torch:
+    def count(self, upper: Array) -> Array:
+        """How often each half of a variance's key occurs (1, HALF)."""
+        counts = np.zeros((1, HALF), np.int64)
+        for _, values in self.read():
+            count_variances(values, upper, self.kind, counts)
+        return counts
+
+    def found_weights(self) -> Array:
         """Mean square of each selected task vector as a share of all; equal ones below a limit.
 
         Of free entries those count as selected that differ from the base in the merge."""
-        squares = np.zeros(len(self.settings.experts))
-        for start, x in self.each():
-            deltas, variance = self.variance(x)
-            sure, free = self.window.choose(self.keys(variance))
-            if free.any():
-                bits = self.published.bits()[start : start + len(free)]
-                sure = sure | (free & (self.stored(x[0]) != bits))
-            chosen = deltas * self.mask(sure)
-            squares += (chosen * chosen).double().sum(1).numpy()
-        means = peer.numbers(list(squares / max(1, self.merge.size)), x[0])
-        if abs(float(means.sum())) < EVEN:
-            return (means * 0 + 1) / len(means)
-        return means / means.sum()
+        squares, bits = np.zeros(len(self.settings.experts)), self.published.bits()
+        for start, values in self.read():
+            base = self.base(values)
+            differs = self.stored(base) != bits[start : start + len(base)]
+            add_squares(values, self.allowed, self.sure, differs, self.kind, squares)
+        means = peer.numbers(squares / max(1, self.merge.size), self.kind)
+        whole = np.float32(peer.summed(means, self.kind))
+        if abs(whole) < EVEN:
+            return peer.numbers(np.ones(len(means)) / len(means), self.kind)
+        return peer.numbers(means / whole, self.kind)
 
-    def mask(self, chosen: Array) -> Torch:
-        """1 for chosen entries, else 0 (S)."""
-        import torch
+    def base(self, values: Array) -> Array:
+        """The base's entries in the work dtype."""
+        out = self.empty(values)
+        weighted(values[:1], np.ones(1, np.float32), np.float32(0), self.kind, out)
+        return out
 
-        return torch.from_numpy(chosen).to(self.dtype)
-
-    def value(self, x: Sequence[Torch]) -> Torch:
-        self.chosen = [self.window.choose(self.keys(self.variance(x)[1]))]
-        return self.outcome(x, [True], slice(None))
-
-    def outcome(self, x: Sequence[Torch], pick: Sequence[bool], at: Any) -> Torch:
-        import torch
-
-        sure, free = self.chosen[0]
-        mask = self.mask(sure | free if pick[0] else sure)[at]
-        deltas = torch.stack([expert - x[0] for expert in x[1:]])
-        return peer.sce(x[0], deltas * mask, self.weights)
+    def choose(self, values: Array, keep: Array, sure: Array, counts: Array, free: Array) -> Array:
+        least = peer.number(LEAST_SHARE, self.kind)
+        plan, out = np.array([True, True, 1, 1, least], np.float32), self.empty(values)
+        merge_selected(values, keep, sure, self.weights, plan, self.kind, out, counts, free)
+        return out
 
 
 SIMULATED: dict[str, type[Simulation]] = {

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoint import FLOATS, Tensor, split_layer, to_float
+from mergelab.kernels import CHUNK, LANES, decode, dot, kernel, lanes_total
 from mergelab.methods.base import BLOCK
 from mergelab.writer import Planned
 
@@ -83,22 +84,29 @@ class Tally:
         """The published entries' bits: one memory map, not yet read."""
         return np.asarray(self.published.bits())
 
-    def add(self, start: int, bits: Array) -> Array:
-        """Fold in a block of expected bits (S); where they differ from the published ones."""
+    def differ(self, start: int, bits: Array) -> Array:
+        """Where a block of expected bits (S) differs from the published ones."""
         given = self.given[start : start + len(bits)]
         if np.array_equal(unsigned(bits), unsigned(given)):
             return np.empty(0, np.int64)
         at: Array = np.flatnonzero(unsigned(bits) != unsigned(given))
-        p, e = self.floats(given[at]), self.floats(bits[at])
+        return at
+
+    def fold(self, bits: Array, given: Array) -> None:
+        """Add differing entries, expected and published bits, to the squares and products."""
+        p, e = self.floats(given), self.floats(bits)
         self.ee += float(((e - p) * (e + p)).sum())
         self.pe += float(((e - p) * p).sum())
         self.dd += float(((p - e) * (p - e)).sum())
-        return at
 
     def floats(self, bits: Array) -> Array:
         """Finite entries as float64, others as 0."""
         if self.published.dtype not in FLOATS:
             return bits.astype(float)
+        if self.published.dtype == "BF16":
+            wide = np.empty(len(bits))
+            finite(np.asarray(bits)[None], wide)
+            return wide
         values = to_float(bits, self.published.dtype, "<f8")
         return np.where(np.isfinite(values), values, 0.0)
 
@@ -115,7 +123,16 @@ class Tally:
         self.differing += len(bits)
         self.off += int(np.count_nonzero(off))
         if len(bits):
+            self.fold(bits, given)
             self.max_ulp = max(self.max_ulp, steps(bits, given, self.published.dtype))
+
+    def compare(self, bits: Array, given: Array, expected: Array, published: Array) -> None:
+        """Note a block (S) of which many entries differ: bits, and the same as float64."""
+        sums = np.zeros(3)
+        found = add_differences(unsigned(given), unsigned(bits), published, expected, sums)
+        self.differing += int(found[0])
+        self.max_ulp = max(self.max_ulp, int(found[1]))
+        self.ee, self.pe, self.dd = self.ee + sums[0], self.pe + sums[1], self.dd + sums[2]
 
     def entry(self) -> dict[str, Any]:
         """The tensor as `remerge` tells it."""
@@ -140,6 +157,48 @@ class Tally:
             **({"mask": self.mask} if self.mask else {}),
             **({"miscounted": self.miscounted} if self.miscounted else {}),
         }
+
+
+@kernel
+def finite(bits: Array, out: Array) -> None:
+    """Finite entries of a bfloat16 array (1, S) as float64, others as 0 (S)."""
+    single = np.empty(CHUNK, np.float32)
+    for start in range(0, out.size, CHUNK):
+        count = min(CHUNK, out.size - start)
+        decode(bits, 0, start, count, single)
+        for i in range(count):
+            out[start + i] = single[i] if abs(single[i]) < np.inf else np.float32(0)
+
+
+@kernel
+def add_differences(
+    given: Array, bits: Array, published: Array, expected: Array, sums: Array
+) -> tuple[int, int]:
+    """How many floats differ, and by how many steps at most; adds to ee, pe, dd (see Tally).
+
+    given, bits (S): published and expected ones as unsigned bits."""
+    rest, gap, e = np.empty(CHUNK), np.empty(CHUNK), np.empty(CHUNK)
+    lanes, differing, farthest = np.zeros((3, LANES)), 0, np.uint64(0)
+    for start in range(0, given.size, CHUNK):
+        count = min(CHUNK, given.size - start)
+        for i in range(count):
+            p = published[start + i]
+            gap[i] = expected[start + i] - p
+            e[i] = expected[start + i] + p
+            rest[i] = p
+        dot(gap, e, count, lanes[0])
+        dot(gap, rest, count, lanes[1])
+        dot(gap, gap, count, lanes[2])
+    top = np.int64(1) << (8 * given.itemsize - 1)
+    for i in range(given.size):
+        a, b = np.int64(given[i]), np.int64(bits[i])
+        differing += a != b
+        a = (top - a) if a & top else a
+        b = (top - b) if b & top else b
+        farthest = max(farthest, np.uint64(abs(a - b)))
+    for k in range(3):
+        sums[k] += lanes_total(lanes[k])
+    return differing, int(farthest)
 
 
 def unsigned(bits: Array) -> Array:
