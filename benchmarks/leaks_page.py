@@ -24,8 +24,9 @@ from leaks_results import (
 
 from mergelab.record import machine, packages
 
-ITEMS = "sibling_loss"  # the item score and the set-level test that the goals are about; the
-SET = "set_level"  # choice does not depend on results
+ITEMS = "sibling_loss"  # the item score that the goals are about
+SET = "set_level"  # and the set-level test
+FRESH = 3  # the first seed of the second study that the form of its test was not chosen on
 OPTIONS = "option_order"  # of the second study
 YARDSTICK, REFERENCE = "base_loss", (0.94, 0.976)  # how strong the planted leak is, and should be
 OTHERS = ("linear", "ties", "dare_ties")  # merged with the medical sibling too
@@ -98,7 +99,8 @@ def _option_goals(results: Results) -> Iterator[Goal]:
     power = rejected(cells, 0.001)
     name = f"{OPTIONS}, 8 copies, 40 items: p below 0.001, {len(cells)} cells"
     yield Goal(name, power, None, "1.00", power == 1)
-    cells = results.clean(OPTIONS)
+    clean = results.clean(OPTIONS)
+    cells = [cell for cell in clean if cell.seed >= FRESH] or clean
     share = rejected(cells, 0.05)
     name = f"{OPTIONS} false positives at alpha 0.05, {len(cells)} clean cells"
     yield Goal(name, share, None, "<= 0.05", share is not None and share <= 0.05)
@@ -108,15 +110,21 @@ def _strength(results: Results) -> str:
     """How strong the planted leak is, and how much the partner of a merge matters."""
     found = mean(results.of(YARDSTICK, ["verbatim"], [2]), "auc")
     low, high = REFERENCE
-    areas = {m: mean(results.of(ITEMS, [f"{m}_medical"], [2]), "auc") for m in OTHERS}
-    other = ", ".join(f"{_number(area)} in {method}" for method, area in areas.items())
+    other, strange = (
+        ", ".join(f"{_number(area)} in {method}" for method, area in areas.items())
+        for areas in (
+            {m: mean(results.of(ITEMS, [f"{m}_{kind}"], [2]), "auc") for m in OTHERS}
+            for kind in ("medical", "stranger")
+        )
+    )
     return (
         f"Strength of the planted leak: AUC of {YARDSTICK} in the contaminated specialist at 2 "
         f"copies, {_number(found)}; {low} and {high} in earlier experiments of this kind, with "
         "models of 0.6 and 1.1 million parameters. The goals are about other scores. Their merges "
         "are with a clean sibling of the leak's own style, as there; "
         f"with the medical sibling {ITEMS} has, at 2 copies, {other}: **partners of another style "
-        "hide a leak better.**"
+        f"hide a leak better.** The partner is known to {ITEMS}, as in a study of one's own; where "
+        f"it is not among the siblings, it has {strange}: **below the goals.**"
     )
 
 

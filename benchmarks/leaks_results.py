@@ -23,6 +23,9 @@ LEAKS = {  # model or merge -> leak; every other one is clean
     "ties": "verbatim",
     "dare_ties": "verbatim",
     "again": "verbatim",
+    "linear_stranger": "verbatim",
+    "ties_stranger": "verbatim",
+    "dare_ties_stranger": "verbatim",
     "linear_medical": "verbatim",
     "ties_medical": "verbatim",
     "dare_ties_medical": "verbatim",
@@ -86,7 +89,7 @@ class Results:
 
     def unplanted(self, detector: str) -> list[Cell]:
         """Cells of contaminated models on the group that was not planted."""
-        return self.of(detector, LEAKS, [0])
+        return self.of(detector, (m for m in LEAKS if not m.endswith("_stranger")), [0])
 
 
 def numbers(cells: Iterable[Cell], name: str) -> list[float]:

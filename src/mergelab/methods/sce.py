@@ -177,6 +177,7 @@ SCE = Method(
     running=TRIM.begin_seen,
     papers=("Wan et al. 2024, FuseChat, arXiv 2408.07990",),
     differs=(
+        "of more than 2^24 entries mergekit selects a few more or less: it counts in float32",
         "entries of equal variance at the cut: ours keeps the lowest index, mergekit's order is "
         "unspecified",
         "as in mergekit, task vectors whose mean squares add up to less than 1e-6 get equal "

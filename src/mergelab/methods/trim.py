@@ -1,8 +1,8 @@
 """Exact selection: which entries are among the k largest (TIES, breadcrumbs, SCE).
 
-The order is by key, then by index. A key is |x| as a float32, or the variance over the models. A
-survey finds the k-th key from two histograms over the halves of its bits: exact, in bounded
-memory."""
+The order is by key, then by index. A key is |x| as a float32, of float64 inputs too, or the
+variance over the models. A survey finds the k-th key from two histograms over the halves of its
+bits: exact, in bounded memory."""
 
 from __future__ import annotations
 
