@@ -162,7 +162,8 @@ def page(rows: list[Row], facts: Any, seconds: float, quick: bool) -> str:
         f"- {sum(r.honest_holds for r in rows if r.case.random)} of {len(rows) - len(plain)} with "
         "random masks are matched as other mask;",
         f"- {len(altered) - sum(len(row.missed) for row in rows)} of {len(altered)} altered ones "
-        "are told to be different.",
+        "are told to be different;",
+        "- time and memory: the last section, with what misses its bound.",
         "",
         *table(rows),
         "",

@@ -80,14 +80,30 @@ class Sized:
     cold: Run
 
     @property
+    def times(self) -> float:
+        """How many times longer than reading it takes from the disk."""
+        return self.cold.wall / self.disk
+
+    @property
+    def memory(self) -> int:
+        """Bytes, at most."""
+        return max(self.run.anonymous, self.cold.anonymous)
+
+    @property
+    def quick(self) -> bool:
+        """Is it within the bound of time?"""
+        return self.times <= TIME
+
+    @property
+    def right(self) -> bool:
+        """Is the verdict right?"""
+        right = ("other mask",) if self.method in BY_MERGELAB else ("exact", "rounding only")
+        return self.said.split(",")[0] in right
+
+    @property
     def holds(self) -> bool:
         """Is it within the bounds, and the verdict right?"""
-        right = ("other mask",) if self.method in BY_MERGELAB else ("exact", "rounding only")
-        return (
-            self.said.split(",")[0] in right
-            and max(self.run.anonymous, self.cold.anonymous) <= MEMORY
-            and self.cold.wall <= TIME * self.disk
-        )
+        return self.right and self.memory <= MEMORY and self.quick
 
 
 def sizes(folder: Path, size: Size, mergekit: peer.Peer) -> Iterator[Sized]:
@@ -166,6 +182,8 @@ def page(rows: list[Sized], where: str) -> Iterator[str]:
     yield ""
     yield f"{time.strftime('%Y-%m-%d')}. {where}."
     yield ""
+    yield from heads(rows)
+    yield ""
     yield (
         "| method | verdict | numerics | disk: read, s | check, s | times | cached: read, cpu s "
         "| read and hash | check | times reading | times reading and hashing | MB | holds |"
@@ -173,15 +191,27 @@ def page(rows: list[Sized], where: str) -> Iterator[str]:
     yield "|---|---|---|" + "--:|" * 10
     for row in rows:
         verdict, _, numerics = row.said.partition(", ")
-        memory = max(row.run.anonymous, row.cold.anonymous) / 1e6
         yield (
             f"| {row.method} | {verdict} | {numerics} | {row.disk:.0f} | {row.cold.wall:.0f} "
-            f"| {row.cold.wall / row.disk:.2f} | {row.reading:.2f} | {row.hashing:.1f} "
+            f"| {row.times:.2f} | {row.reading:.2f} | {row.hashing:.1f} "
             f"| {row.run.cpu:.1f} | {row.run.cpu / row.reading:.1f} "
-            f"| {row.run.cpu / row.hashing:.2f} | {memory:.0f} "
+            f"| {row.run.cpu / row.hashing:.2f} | {row.memory / 1e6:.0f} "
             f"| {'yes' if row.holds else '**no**'} |"
         )
     yield LEGEND
+
+
+def heads(rows: list[Sized]) -> Iterator[str]:
+    """What holds, and what does not."""
+    slow = [row for row in rows if not row.quick]
+    told = f": not {', '.join(f'{row.method} ({row.times:.1f} times)' for row in slow)}"
+    yield (
+        f"- time: {len(rows) - len(slow)} of {len(rows)} methods within {TIME:.0f} times reading "
+        f"from the disk{told if slow else ''};"
+    )
+    small = sum(row.memory <= MEMORY for row in rows)
+    yield f"- memory: {small} of {len(rows)} within {MEMORY / 1e6:.0f} MB;"
+    yield f"- verdict: {sum(row.right for row in rows)} of {len(rows)} right."
 
 
 def entries(rows: list[Sized]) -> list[dict[str, Any]]:
@@ -192,7 +222,7 @@ def entries(rows: list[Sized]) -> list[dict[str, Any]]:
         for row in rows
         for name, value, unit, target in (
             ("verdict", row.said, "verdict", None),
-            ("from disk, times reading", row.cold.wall / row.disk, "", f"<= {TIME}"),
+            ("from disk, times reading", row.times, "", f"<= {TIME}"),
             ("cached, times reading", row.run.cpu / row.reading, "", None),
             ("cached, times reading and hashing", row.run.cpu / row.hashing, "", None),
             ("anonymous memory", row.run.anonymous, "B", f"<= {MEMORY:.0f}"),

@@ -90,9 +90,10 @@ def model_stock(base: Any, experts: list[Any], weights: list[float]) -> Any:
 
 def sce(base: Any, experts: list[Any], weights: list[float], share: float = 0.6) -> Any:
     deltas = torch.stack([x - base for x in experts])
-    variance = deltas.var(dim=0, unbiased=False)
-    count = int((variance != 0).sum() * share)  # of a tensor: a product in float32
-    deltas = deltas * top(variance, count).to(base.dtype)
+    if share < 1:
+        variance = deltas.var(dim=0, unbiased=False)
+        count = int((variance != 0).sum() * share)  # of a tensor: a product in float32
+        deltas = deltas * top(variance, count).to(base.dtype)
     shares = (deltas * deltas).flatten(1).mean(1)
     even = shares.sum().abs() < 1e-6
     shares = torch.ones_like(shares) / len(shares) if even else shares / shares.sum()

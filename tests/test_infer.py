@@ -315,6 +315,14 @@ def test_a_copy_is_called_a_copy(tmp_path: Path) -> None:
     assert result["parents"] == ["B"]
 
 
+def test_a_copy_in_another_dtype_is_not_said_to_have_the_same_bits(tmp_path: Path) -> None:
+    every = sum(values.size for values in MODELS["B"].values())
+    result = ask(tmp_path, MODELS["B"], dtype="F16")
+    told = f"copy of B 1: all {every:,} entries are the same, rounded to its dtype"
+    assert result["verdict"] == told
+    assert "same bits" not in json.dumps(result)
+
+
 def test_of_copies_every_entry_is_compared_and_of_other_tensors_a_part(tmp_path: Path) -> None:
     """Embeddings of twice as many entries as are looked at where a tensor is no copy."""
     random = np.random.default_rng(3)

@@ -29,7 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from mergelab import engine
 from mergelab.checkpoint import open_checkpoint
+from mergelab.forensics.peer_blends import fused
+from mergelab.forensics.peer_cuts import BEYOND
 from mergelab.forensics.peer_kernels import KINDS, snap
+from mergelab.forensics.peer_select import select
 from mergelab.forensics.remerge import remerge, show
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
@@ -61,6 +64,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "a", "b", "c", "other")):
         write_model(folder / name, tensors(seed), "BF16", layers=3, vocab_size=96)
+    return folder
+
+
+def coarse_models(folder: Path) -> Path:
+    """Base, a, b, c, whose task vectors take few values: many are equal at a cut."""
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        own = {n: np.round(x * 400) / 512 for n, x in tensors(seed).items()}
+        write_model(folder / name, own, "BF16", layers=3, vocab_size=96)
     return folder
 
 
@@ -211,10 +222,7 @@ def test_a_free_choice_does_not_hide_another_density(
     dtype: str, models: Path, tmp_path: Path
 ) -> None:
     """Three per cent more of each task vector, all of them among the equals at the cut."""
-    coarse = tmp_path / "coarse"
-    for seed, name in enumerate(("base", "a", "b", "c")):
-        own = {n: np.round(x * 400) / 512 for n, x in tensors(seed).items()}
-        write_model(coarse / name, own, "BF16", layers=3, vocab_size=96)
+    coarse = coarse_models(tmp_path / "coarse")
     found = by_oracle(coarse, ties, dtype)
     path = recipe(tmp_path, coarse, "ties", dtype)
     assert check(path, publish(tmp_path / "p", found, models))["verdict"] == "rounding only"
@@ -236,17 +244,46 @@ def test_sce_counts_its_share_in_float32(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sce_selects_everything_unless_told_otherwise(
+    dtype: str, models: Path, tmp_path: Path
+) -> None:
+    found = by_oracle(models, partial(sce, share=1.0), dtype)
+    path = recipe(tmp_path, models, "sce", dtype, parameters={})
+    result = check(path, publish(tmp_path / "p", found, models))
+    assert (result["verdict"], result["numerics"]) == ("exact", f"mergekit 0.1.5, {dtype}")
+
+
+def test_sce_chooses_among_variances_of_zero_where_its_count_is_rounded_up() -> None:
+    """Of a tensor of more than 2^24 entries: one of those whose variance is 0 is selected."""
+    deltas = np.array([[1, 2, 3], [1, 2, 5]], np.float32)
+    keep, sure = np.array([[[least, BEYOND]] for least in (0, 1)], np.uint32)
+    counts, free = np.zeros(1, np.int64), np.zeros(3, np.uint8)
+    select(deltas, 3, KINDS["F32"], keep, sure, free, counts, np.empty(3, np.float32))
+    assert (counts.tolist(), free.tolist()) == ([1], [1, 1, 0])
+
+
+def test_an_average_is_rounded_once_at_each_step() -> None:
+    """1 + x w with x w just above half an ulp: float64 would round it down to a tie."""
+    tiny = 2.0**-11
+    values = np.array([[1], [1 + tiny]], np.float32)
+    weights, out = np.array([1, (1 - tiny + tiny**2) * 2.0**-24], np.float32), values[0].copy()
+    fused(values, weights, np.float32(0), KINDS["F32"], out)
+    assert out[0] == np.float32(1 + 2.0**-23)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_numbers_are_rounded_as_torch_rounds_them(dtype: str) -> None:
-    """Every exponent, with digits around the rounding edges; overflow, subnormals, signs."""
+    """Every exponent, with digits around the rounding edges; overflow, subnormals, signs, NaN."""
     exponents = np.arange(0, 1 << 16, 1 << 7, dtype=np.uint32) << 16
     digits = np.random.default_rng(0).integers(0, 1 << 23, 2000, dtype=np.uint32)
     edges = (np.arange(64, dtype=np.uint32) << 12)[:, None] + np.array([0, 1, 0xFFF], np.uint32)
     bits = exponents[:, None] | np.concatenate([digits, edges.ravel()])
-    values = bits.ravel().view(np.float32)
-    values = values[np.isfinite(values)]
+    values = np.append(bits.ravel(), np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32)).view("<f4")
     rounded = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
     snap(values, values.size, KINDS[NAMES[dtype]])
-    assert np.array_equal(values.view(np.uint32), rounded.view(np.uint32))
+    nan = np.isnan(rounded)
+    assert np.array_equal(np.isnan(values), nan)
+    assert np.array_equal(values.view(np.uint32)[~nan], rounded.view(np.uint32)[~nan])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -413,6 +450,19 @@ def test_the_record_tells_the_seed_and_without_it_the_mask_is_another(
     assert all(t["mask"]["unexplained"] == 0 for t in other["tensors"])
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_another_mask_is_recognised_where_lambda_is_negative(
+    method: str, models: Path, tmp_path: Path
+) -> None:
+    path = random_recipe(tmp_path, models, method)
+    path.write_text(f"{path.read_text()}parameters: {{lambda: -0.5}}\n")
+    out = merged(path, tmp_path / "out", seed=5)
+    (out / "merge.json").unlink()
+    result = check(path, out)
+    assert result["verdict"] == "other mask", result["why"]
+    assert all(t["mask"]["unexplained"] == 0 for t in result["tensors"])
+
+
 @pytest.mark.parametrize("method", RANDOM)
 @pytest.mark.parametrize(
     "change", [{"weight": -0.9}, {"density": 0.85}, {"last": "other"}], ids=str
@@ -519,9 +569,43 @@ def test_arithmetic_that_is_not_followed_is_unverifiable(models: Path, tmp_path:
     one_ulp(found, 0.3)
     result = check(path, publish(tmp_path / "p", found, models))
     assert result["verdict"] == "unverifiable"
-    assert "mergekit's arithmetic of karcher is not followed" in result["why"]
+    assert "mergekit's arithmetic of karcher in bfloat16 is not followed" in result["why"]
     swapped(found)
     assert check(path, publish(tmp_path / "q", found, models))["verdict"] == "different"
+
+
+def test_in_float64_another_choice_among_equal_magnitudes_is_unverifiable(
+    models: Path, tmp_path: Path
+) -> None:
+    coarse = coarse_models(tmp_path / "coarse")
+    found = by_oracle(coarse, ties, "float64")
+    path = recipe(tmp_path, coarse, "ties", "float64")
+    result = check(path, publish(tmp_path / "p", found, models))
+    assert result["verdict"] == "unverifiable", result["why"]
+    assert "mergekit's arithmetic of ties in float64 is not followed" in result["why"]
+    swapped(found)
+    assert check(path, publish(tmp_path / "q", found, models))["verdict"] == "different"
+
+
+def test_a_buffer_in_float64_leaves_the_other_tensors_to_mergekits_arithmetic(
+    models: Path, tmp_path: Path
+) -> None:
+    """A recipe that names no dtype: every tensor keeps its own."""
+    for name in ("base", "a", "b", "c"):
+        own = loaded(models, "bfloat16")[name]
+        own["model.frequencies"] = torch.arange(300, dtype=torch.float64) / 7
+        publish(tmp_path / name, own, models)
+    path = recipe(tmp_path, tmp_path, "ties")
+    path.write_text(path.read_text().replace("dtype: bfloat16\n", ""))
+    found = by_oracle(models, ties, "bfloat16")
+    found["model.frequencies"] = torch.arange(300, dtype=torch.float64) / 7
+    result = check(path, publish(tmp_path / "p", found, models))
+    assert result["verdict"] == "rounding only", result["why"]
+    assert result["numerics"] == "mergekit 0.1.5, bfloat16"
+    found["model.frequencies"] += 1e-6
+    result = check(path, publish(tmp_path / "q", found, models))
+    assert result["verdict"] == "different"
+    assert [e["tensor"] for e in result["worst"]][:1] == ["model.frequencies"]
 
 
 def test_people_are_shown_the_answer_and_the_worst_tensors(

@@ -58,11 +58,19 @@ def infer(
 
 def _copied(inquiry: Inquiry) -> dict[str, Any] | None:
     """All tensors are copies."""
-    if set(inquiry.same) != {n for n, t in inquiry.model.tensors.items() if t.size}:
+    tensors = inquiry.model.tensors
+    if set(inquiry.same) != {n for n, t in tensors.items() if t.size}:
         return None
     reading = stacks.stacked(inquiry.model, inquiry.same, list(inquiry.pool))
-    every = sum(t.size for t in inquiry.model.tensors.values())
-    return _answer([reading], *leftovers.nothing(f"all {every:,} entries have the same bits"))
+    every, parents = sum(t.size for t in tensors.values()), {p["name"] for p in reading["parents"]}
+    same = all(
+        tensors[name].dtype == inquiry.pool[owner].tensors[theirs].dtype
+        for name, found in inquiry.same.items()
+        for owner, theirs in found
+        if owner in parents
+    )
+    said = "have the same bits" if same else "are the same, rounded to its dtype"
+    return _answer([reading], *leftovers.nothing(f"all {every:,} entries {said}"))
 
 
 def _mixed(inquiry: Inquiry) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.forensics.peer_kernels import differences, load, scale, snap, total
-from mergelab.kernels import CHUNK, LANES, dot, encode, kernel, lanes_total
+from mergelab.kernels import CHUNK, LANES, dot, encode, fma, kernel, lanes_total
 from mergelab.methods.base import Array
 
 LEAST_DISTANCE = 1e-6  # nearswap: distances are at least this
@@ -27,9 +27,9 @@ def fused(values: Array, weights: Array, divisor: Any, kind: int, out: Array) ->
         merged[:count] = 0
         for m in range(values.shape[0]):
             load(values, m, at, count, kind, x)
-            weight = np.float64(weights[m])
-            for i in range(count):  # one rounding, on processors without FMA too
-                merged[i] = np.float32(np.float64(merged[i]) + np.float64(x[i]) * weight)
+            weight = weights[m]
+            for i in range(count):
+                merged[i] = fma(x[i], weight, merged[i])
         if divisor != 0:
             for i in range(count):
                 merged[i] = merged[i] / divisor

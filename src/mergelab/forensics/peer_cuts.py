@@ -15,6 +15,7 @@ import numpy as np
 
 from mergelab.forensics.peer_kernels import HALF
 from mergelab.methods.base import Array
+from mergelab.methods.trim import kth
 
 BEYOND = 1 << 31  # above every key
 Count = Callable[[Array], Array]  # keys per half of a key (G, HALF); see peer_kernels.count_keys
@@ -38,7 +39,7 @@ def cuts(ranks: Sequence[int], size: int, counts: Array, count: Count, *, wide: 
     """The cut of each group (G, 2), at its rank; see `windows`."""
     open = [group for group, rank in enumerate(ranks) if 0 < rank < size]
     found = np.array([[BEYOND if rank <= 0 else 0] * 2 for rank in ranks], np.int64)
-    places = {group: find(counts[group], ranks[group]) for group in open}
+    places = {group: kth(counts[group], ranks[group]) for group in open}
     if wide and open:
         upper = np.array([places[g][0] if g in places else -2 for g in range(len(ranks))])
         lower = count(upper)
@@ -46,15 +47,7 @@ def cuts(ranks: Sequence[int], size: int, counts: Array, count: Count, *, wide: 
         equal = int(counts[group, key])
         key *= HALF
         if wide:
-            low, belong = find(lower[group], belong)
+            low, belong = kth(lower[group], belong)
             key, equal = key + low, int(lower[group, low])
         found[group] = key, key + (belong < equal)
     return found
-
-
-def find(counts: Array, rank: int) -> tuple[int, int]:
-    """The value of the rank-th largest of counted values, and how many of its equals belong."""
-    above = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(above, rank))
-    value = HALF - 1 - place
-    return value, rank - int(above[place] - counts[value])

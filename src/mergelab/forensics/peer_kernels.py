@@ -21,15 +21,14 @@ HALF = 1 << 16
 
 @kernel
 def snap(x: Array, count: int, kind: int) -> None:
-    """Round x[:count] to numbers of the work dtype: to nearest, ties to even.
-
-    What is rounded has few digits or came of an operation, so that no NaN becomes another number.
-    """
+    """Round x[:count] to numbers of the work dtype: to nearest, ties to even; a NaN stays one."""
     bits = x[:count].view(np.uint32)
     if kind == BF16:
         for i in range(bits.size):
             b = bits[i]
             up = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))
+            nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            up = np.uint32(b | np.uint32(0x400000)) if nan else up
             bits[i] = up & np.uint32(0xFFFF0000)
     elif kind == F16:
         small, half = np.float32(2.0**-14), np.float32(0.75)  # whose last bit is 2^-24
@@ -42,6 +41,7 @@ def snap(x: Array, count: int, kind: int) -> None:
             up = up & np.uint32(0xFFFFE000)
             beyond = (b >= np.uint32(0x477FF000)) & (b <= np.uint32(0x7F800000))
             up = np.uint32(0x7F800000) if beyond else up
+            up = np.uint32(0x7FC00000) if b > np.uint32(0x7F800000) else up
             bits[i] = (bits[i] & np.uint32(0x80000000)) | up
 
 

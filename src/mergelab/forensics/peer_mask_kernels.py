@@ -41,7 +41,7 @@ def judge(
     base, taus = np.empty(CHUNK, kind.dtype), np.empty((experts, CHUNK), kind.dtype)
     tau, sign = np.empty((experts, CHUNK)), np.empty(CHUNK)
     b, p, z, apart = np.empty(CHUNK), np.empty(CHUNK), np.empty(CHUNK), np.empty(CHUNK)
-    square, one, scratch = np.empty(CHUNK), np.ones(CHUNK), np.empty((5, CHUNK))
+    square, one, scratch = np.empty(CHUNK), np.ones(CHUNK), np.empty((6, CHUNK))
     lanes = np.zeros((experts + 1, 5 + experts, LANES))
     for start in range(0, size, CHUNK):
         count = min(CHUNK, size - start)
@@ -92,24 +92,25 @@ def unexplained(
     """How many entries of a chunk no subset explains; see `explain`.
 
     Most are explained by a subset whose vote has the sign of its sum: that is looked at for all
-    entries at once. scratch (5, CHUNK)."""
+    entries at once. scratch (6, CHUNK)."""
     experts = tau.shape[0]
-    room, done = scratch[0], scratch[4]
-    room[:count] = 0
+    room, done, errors = scratch[0], scratch[4], scratch[5]
     done[:count] = 0
+    errors[:count] = 0
     for m in range(experts):
         row, factor, error = tau[m], weights[0, m], weights[2, m] + plan[4]
         for i in range(count):
-            room[i] = room[i] + abs(factor * row[i]) * error
-    gain, rounding = plan[3] * plan[5], plan[4]
+            errors[i] = errors[i] + abs(factor * row[i]) * error
+    gain, rounding = abs(plan[3]) * plan[5], plan[4]
     for i in range(count):
-        room[i] = gain * room[i] + rounding * (abs(base[i]) + abs(published[i]))
+        room[i] = gain * errors[i] + rounding * (abs(base[i]) + abs(published[i]))
     for subset in range((1 << experts) - 1, -1, -1):
         try_subset(subset, base, tau, published, weights, plan, count, scratch)
     found = 0
     for i in range(count):
         if done[i] == 0:
-            found += not explain(base[i], tau[:, i].copy(), published[i], weights, plan)
+            one = tau[:, i].copy()
+            found += not explain(base[i], one, published[i], weights, plan, errors[i], room[i])
     return found
 
 
@@ -189,13 +190,13 @@ def mark(
 
 
 @kernel
-def explain(base: float, tau: Array, published: float, weights: Array, plan: Array) -> bool:
-    """Is an entry the base plus what some subset of the task vectors' entries (N) gives?"""
+def explain(
+    base: float, tau: Array, given: float, weights: Array, plan: Array, error: float, room: float
+) -> bool:
+    """Is an entry the base plus what some subset of the task vectors' entries (N) gives?
+
+    error: by how much their sum may be off; room: and with it the entry."""
     experts = tau.shape[0]
-    error = 0.0
-    for m in range(experts):
-        error += abs(weights[0, m] * tau[m]) * (weights[2, m] + plan[4])
-    room = plan[3] * plan[5] * error + plan[4] * (abs(base) + abs(published))
     for subset in range((1 << experts) - 1, -1, -1):
         vote = 0.0
         for m in range(experts):
@@ -213,7 +214,7 @@ def explain(base: float, tau: Array, published: float, weights: Array, plan: Arr
             if plan[1] != 0:
                 divisor = plan[2] if plan[0] == 0 else share
                 merged = merged / (divisor if divisor != 0 else 1.0)
-            if abs(base + plan[3] * merged - published) <= room:
+            if abs(base + plan[3] * merged - given) <= room:
                 return True
     return False
 

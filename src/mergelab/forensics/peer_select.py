@@ -66,8 +66,10 @@ def select(
     key: Array,
 ) -> None:  # fmt: skip
     """Make the entries zero whose variance is out of the range; see peer_kernels.merge_window."""
-    if keep[0, 0] == 0 and sure[0, 1] == BEYOND:
-        free[:] = 0
+    if sure[0, 0] == 0 and sure[0, 1] == BEYOND:
+        if free.size:
+            free[:] = 0
+            counts[0] += count
         return
     variances(deltas, count, key)
     snap(key, count, kind)

@@ -18,6 +18,7 @@ from mergelab.checkpoint import FLOATS, NAMES, Checkpoint, Tensor
 from mergelab.engine import in_order, survey_model
 from mergelab.errors import UserError
 from mergelab.forensics import peer_masks, remerge_why
+from mergelab.forensics.peer_merge import Choosing
 from mergelab.forensics.peer_select import SIMULATED
 from mergelab.forensics.remerge_check import OURS, Checker
 from mergelab.forensics.remerge_match import Pairs, match
@@ -173,12 +174,14 @@ class _Remerge:
             ranked = ("other mask", "rounding only", "exact")
             verdict = next(v for v in ranked if v in verdicts)
         why = self.why(verdict, tallies, wrong)
-        if wrong and whole and self.perhaps(wrong):
+        if wrong and whole and all(map(self.perhaps, wrong)):
             verdict = "unverifiable"
+            works = sorted({NAMES[self.checker.work(tally.tensor)] for tally in wrong})
             why = (
-                f"{len(wrong)} of {len(tallies)} tensors differ by no more than rounding in the "
-                f"recipe's dtype may, but mergekit's arithmetic of {self.plan.recipe.method.name} "
-                "is not followed: such differences may be its rounding, or small changes"
+                f"{len(wrong)} of {len(tallies)} tensors differ by no more than rounding, or a "
+                "choice among equal magnitudes, may; but mergekit's arithmetic of "
+                f"{self.plan.recipe.method.name} in {', '.join(works)} is not followed: such "
+                "differences may be its own, or small changes"
             )
         bad = [entry for entry in entries if not entry["equal"]]
         badness = {"different": 0, "other mask": 1, "rounding only": 2}
@@ -197,22 +200,24 @@ class _Remerge:
             "notes": list(dict.fromkeys(self.notes)),
         }
 
-    def perhaps(self, wrong: list[Tally]) -> bool:
+    def perhaps(self, tally: Tally) -> bool:
         """May differences come from a program whose arithmetic is not followed?"""
-        method = self.plan.recipe.method
-        if method.random or method.name in SIMULATED:
+        method, tensor = self.plan.recipe.method, tally.tensor
+        if method.random or tensor.dtype not in FLOATS:
             return False
-        return all(
-            t.tensor.dtype in FLOATS and t.relative <= LOOSE[self.checker.work(t.tensor)]
-            for t in wrong
-        )
+        work, followed = self.checker.work(tensor), SIMULATED.get(method.name)
+        if followed and work != "F64":
+            return False
+        if followed and issubclass(followed, Choosing) and not tensor.copied:
+            return not tally.far
+        return tally.relative <= LOOSE[work]
 
     def named(self, numerics: str) -> str:
         """'mergelab', or 'mergekit 0.1.5, bfloat16'."""
         if numerics == OURS:
             return OURS
         floats = [tensor for tensor, _ in self.pairs if tensor.dtype in FLOATS]
-        works = sorted({NAMES[self.checker.work(tensor)] for tensor in floats})
+        works = sorted({NAMES[self.checker.work(tensor)] for tensor in floats} - {"float64"})
         return f"mergekit {numerics}, {', '.join(works)}"
 
     def why(self, verdict: str, tallies: list[Tally], wrong: list[Tally]) -> str:

@@ -26,12 +26,13 @@ STRAY = 2.0**-10  # share of a tensor's entries that may be rounded otherwise in
 class Tally:
     """What was seen of one tensor; everything but `chosen` leaves the excused entries out.
 
-    differing: entries with other bits; off: those that rounding does not explain; chosen: entries
-    that hold another of several right results (equal magnitudes at a cut); narrow: was the
-    arithmetic followed in 16 bits, where strays are rare? converted: dtypes of recipe and file
-    disagree. ee, pe, dd: squared length of the expected tensor and dot product with the published
-    one, both less the published one's squared length; squared length of the difference. relative:
-    the latter's root by the expected length, once `entry` was asked for. miscounted: what is wrong
+    differing: entries with other bits; off: those that rounding does not explain; far: those that
+    another choice of entries does not either (in our arithmetic only); chosen: entries that hold
+    another of several right results (equal magnitudes at a cut); narrow: was the arithmetic
+    followed in 16 bits, where strays are rare? converted: dtypes of recipe and file disagree.
+    ee, pe, dd: squared length of the expected tensor and dot product with the published one, both
+    less the published one's squared length; squared length of the difference. relative: the
+    latter's root by the expected length, once `entry` was asked for. miscounted: what is wrong
     with the number of entries kept, if anything."""
 
     tensor: Planned
@@ -39,6 +40,7 @@ class Tally:
     narrow: bool = False
     differing: int = 0
     off: int = 0
+    far: int = 0
     chosen: int = 0
     max_ulp: int = 0
     ee: float = 0.0

@@ -37,7 +37,7 @@ def stacked(model: Checkpoint, same: Copies, order: Sequence[str]) -> dict[str, 
     method = "copy" if len(names) == 1 and len(slices) <= 1 and _straight(model, homes) else None
     parents = [parent(n, names[n] / total if model.layers else 1.0) for n in order if n in names]
     parameters = {} if method else {"slices": slices}
-    why = "all tensors have the same bits as one of these models' (weight: share of the layers)"
+    why = "all tensors are copies of one of these models' (weight: share of the layers)"
     return hypothesis(method or "passthrough", parents, parameters, WHOLE, why)
 
 
