@@ -11,7 +11,6 @@ and GET with ranges; old names of renamed repositories lead to the new ones (307
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import json
 import re
@@ -63,7 +62,9 @@ class LoopbackHub:
         self.status: int | None = None  # every answer has this status code
         self.flipped: set[str] = set()  # files that arrive with their last byte changed
         self.stalled: set[str] = set()  # files that stop half-way
-        self.padded: set[str] = set()  # repositories whose lists end in 20 MB of blanks, packed
+        self.padded: set[str] = set()  # repositories whose lists end in 20 MB of blanks
+        self.title = "a title"  # of the commits in a history
+        self.treeless = False  # folders are not listed, as by some mirrors: a bare 404
         self.hidden: set[str] = set()  # files that are listed but answer EntryNotFound
         self.answers: list[tuple[int, dict[str, str]]] = []  # status and headers, once each
         self.cuts: dict[str, list[int]] = {}  # bytes after which the connection closes, once each
@@ -270,10 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         headers = {**(headers or {}), "Content-Type": "application/json"}
         body = json.dumps(answer).encode()
-        if padded:
-            headers["Content-Encoding"] = "gzip"
-            body = gzip.compress(body + b" " * 20_000_000)
-        self._answer(200, headers, body)
+        self._answer(200, headers, body + b" " * 20_000_000 if padded else body)
 
     def _commit(self, repo: str, revision: str) -> str | None:
         """The commit of a revision; None after an error answer."""
@@ -297,7 +295,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403, "GatedRepo")
             return
         names = list(known.commits)
-        about = {"authors": [{"user": "someone"}], "title": "a title", "message": ""}
+        about = {"authors": [{"user": "someone"}], "title": self.hub.title, "message": ""}
         found = [{"id": one, "date": known.dates[one], **about} for one in names]
         self._paged(repo, found[names.index(commit) :: -1])
 
@@ -321,6 +319,9 @@ class _Handler(BaseHTTPRequestHandler):
         known = self.hub.repos[repo]
         if known.history_gated:
             self._refuse(403, "GatedRepo")
+            return
+        if self.hub.treeless:
+            self._refuse(404, None)
             return
         names = [name for name in known.commits[commit] if "/" not in name]
         entries = [_entry(name, known.commits[commit][name]) for name in names]
@@ -415,4 +416,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the client has read enough
+                self.wfile.write(body)

@@ -719,3 +719,33 @@ def test_a_parent_of_which_the_hub_says_too_much_is_noted_and_the_trace_goes_on(
     found = ancestry("a/merge")
     assert found.nodes["a/large"].missing == "what the hub says of it is too long to be read"
     assert "a/base" in found.nodes
+
+
+def test_the_history_of_a_renamed_repository_is_read_beyond_its_first_page(server):
+    server.page = 2
+    for day in range(1, 7):
+        put(server, "old/name", front(tags=[f"day-{day}"]), day=f"2024-01-0{day}")
+    first = next(iter(server.repos["old/name"].commits))
+    put(server, "a/child", front(base_model="old/name"), day="2024-01-01")
+    server.rename("old/name", "new/name")
+    assert len(hub_cards.history("old/name", "main")) == 6
+    assert ancestry("a/child").nodes["new/name"].commit == first
+
+
+def test_where_a_mirror_does_not_list_folders_the_last_commit_counts(server):
+    put(server, "a/parent", front(base_model="a/base"), day="2024-01-01")
+    put(server, "a/child", front(base_model="a/parent"), day="2024-02-01")
+    server.treeless = True
+    found = ancestry("a/child")
+    assert "a/base" in found.nodes
+    told = "a/child: when its weights were made is not told: its last commit counts"
+    assert told in found.notes
+
+
+def test_a_history_that_is_too_long_is_not_called_gated(server):
+    put(server, "a/child")
+    server.title = "x" * 17_000_000
+    assert ancestry("a/child").notes == (
+        "a/child: what the hub says of it is too long to be read: its history is not known, "
+        "so today's commit is taken",
+    )

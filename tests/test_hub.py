@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -11,14 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from loopback_hub import LoopbackHub
 from safetensors.numpy import save
 
-from mergelab import hub, hub_cards
+from mergelab import hub, hub_cards, hub_errors
 from mergelab.errors import UserError
 from mergelab.study import load_study
 
@@ -424,6 +428,71 @@ def test_kill_in_the_middle_of_a_download_leaves_nothing_and_the_next_one_comple
     assert [path.name for path in out.parent.iterdir()] == ["m"]
 
 
+SNAPSHOT = """
+import sys
+from pathlib import Path
+from mergelab import hub
+from mergelab.errors import UserError
+from mergelab.hub_errors import explained
+repo, commit, *names = sys.argv[1:]
+try:
+    with explained(repo, commit):
+        hub.snapshot(repo, commit, names, Path("snap"))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def snapshot(home: Path, *words: str) -> subprocess.Popen[str]:
+    """A process that fetches files of a commit: REPO COMMIT NAME..."""
+    environment = {**os.environ, "HF_HOME": str(home)}
+    command = [sys.executable, "-c", SNAPSHOT, *words]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("why", ["stalled", "busy"])
+def test_ctrl_c_waits_neither_for_a_download_nor_for_a_busy_hub(server, tmp_path, why):
+    commit = server.publish("acme/tiny", TINY)
+    if why == "stalled":
+        server.stalled = set(KEPT)
+    else:
+        server.answers = [(429, {"Retry-After": "20"})] * 100
+    with snapshot(tmp_path, "acme/tiny", commit, *KEPT) as process:
+        wanted = "GET" if why == "stalled" else "HEAD"
+        deadline = time.monotonic() + 30
+        while sum(r.startswith(wanted) for r in server.requests) < len(KEPT):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(10) != 0
+        finally:
+            process.kill()
+        assert "KeyboardInterrupt" in process.stderr.read()
+
+
+def test_a_file_that_cannot_be_had_is_told_before_the_others_have_arrived(server, tmp_path):
+    commit = server.publish("acme/tiny", TINY)
+    server.stalled, server.hidden = {"model.safetensors"}, {"tokenizer.json"}
+    words = ("acme/tiny", commit, "model.safetensors", "tokenizer.json")
+    with snapshot(tmp_path, *words) as process:
+        try:
+            assert process.wait(20) == 1, "it waited for the stalled file"
+        finally:
+            process.kill()
+        assert "the hub has no file tokenizer.json at this commit" in process.stderr.read()
+
+
+def test_several_that_wait_for_a_busy_hub_say_so_once(server, monkeypatch, capsys):
+    monkeypatch.setattr(hub_errors, "WAITS", (1.0,))
+    server.status = 503
+    with ThreadPoolExecutor(4) as pool:
+        several = [pool.submit(hub.listing, "acme/tiny", None) for _ in range(4)]
+    assert all("HTTP 503" in str(one.exception()) for one in several)
+    assert len(server.requests) == 8
+    assert capsys.readouterr().err.count("next try in 1 s") == 1
+
+
 def test_two_processes_that_fetch_the_same_model_at_once_both_succeed(server, tmp_path):
     commit = server.publish("acme/tiny", {**TINY, "model.safetensors": bytes(20_000_000)})
     out = Path("results/x/models/m")
@@ -457,7 +526,7 @@ BODIES |= {"html": b"<html>server text</html>", "nothing": b"", "deep": b"[" * 1
 
 
 class _OddHandler(BaseHTTPRequestHandler):
-    """Answers every GET with the server's `body`."""
+    """Answers every GET with the server's `body`, the first twenty with its `extra` headers."""
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -465,14 +534,19 @@ class _OddHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
+        self.server.asked.append(self.headers)
+        for key, value in self.server.extra.items() if len(self.server.asked) <= 20 else ():
+            self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(self.server.body)
+        with suppress(ConnectionError):  # the client has read enough
+            self.wfile.write(self.server.body)
 
 
 @pytest.fixture
 def odd(server, monkeypatch) -> Iterator[ThreadingHTTPServer]:
     """HF_ENDPOINT is a server that is no hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _OddHandler) as odd:
+        odd.asked, odd.extra = [], {}
         threading.Thread(target=odd.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{odd.server_address[1]}")
         yield odd
@@ -485,6 +559,51 @@ def test_a_server_that_is_no_hub_is_named(odd, body):
     url = os.environ["HF_ENDPOINT"]
     text = f"acme/odd: {url} does not answer like a hub. Check HF_ENDPOINT."
     assert message(f"acme/odd@{COMMIT}") == text
+
+
+@pytest.mark.parametrize("body", ["html", "nothing", "deep"])
+def test_a_server_that_is_no_hub_is_named_when_it_is_asked_for_a_licence(odd, body):
+    odd.body = BODIES[body]
+    with pytest.raises(UserError, match="does not answer like a hub"):
+        hub.licence(hub.Pinned("acme/odd", COMMIT))
+
+
+def test_a_packed_answer_is_not_asked_for_and_unpacked_within_bounds(odd):
+    whole = json.dumps({**GOOD, "sha": COMMIT}).encode()
+    odd.body, odd.extra = gzip.compress(whole), {"Content-Encoding": "gzip"}
+    assert hub.listing("acme/odd", None)[0] == COMMIT
+    assert odd.asked[0]["Accept-Encoding"] == "identity"
+    odd.body = gzip.compress(whole + b" " * 20_000_000)
+    with pytest.raises(UserError, match="more than 16,000,000 bytes"):
+        hub.listing("acme/odd", None)
+    for body, packing in ((gzip.compress(odd.body), "gzip, gzip"), (whole, "gzip")):
+        odd.body, odd.extra = body, {"Content-Encoding": packing}
+        with pytest.raises(UserError, match="does not answer like a hub"):
+            hub.listing("acme/odd", None)
+
+
+ENTRY = {"id": COMMIT, "date": "2024-01-01T00:00:00Z"}
+PAGES = {  # what each page holds, the host of the next one, pages read, and what is said
+    "empty": ([], "127.0.0.1", 1, "does not answer like a hub"),
+    "large": ([{**ENTRY, "title": "x" * 5_000_000}], "127.0.0.1", 4, "more than 16,000,000 bytes"),
+    "elsewhere": ([ENTRY], "localhost", 1, None),
+    "no address": ([ENTRY], "127.0.0.1:1@localhost", 1, None),
+}
+
+
+@pytest.mark.parametrize(("page", "host", "asked", "said"), PAGES.values(), ids=PAGES)
+def test_pages_of_a_list_end_and_never_lead_elsewhere(odd, monkeypatch, page, host, asked, said):
+    monkeypatch.setenv("HF_TOKEN", LoopbackHub.token)
+    odd.body = json.dumps(page).encode()
+    place = f"http://{host}:{odd.server_address[1]}/api/models/acme/odd/commits/main?p=2"
+    odd.extra = {"Link": f'<{place}>; rel="next"'}
+    if said:
+        with pytest.raises(UserError, match=said) as caught:
+            hub_cards.history("acme/odd", "main")
+        assert "p=2" not in str(caught.value)
+    else:
+        assert len(hub_cards.history("acme/odd", "main")) == 1
+    assert len(odd.asked) == asked
 
 
 DATES = [{"lastModified": date} for date in ("yesterday", "0001-01-01T00:00:00+14:00")]
@@ -520,6 +639,18 @@ def test_a_list_of_files_or_commits_is_not_read_without_end(server, what):
     with pytest.raises(UserError, match="answers with more than 16,000,000 bytes"):
         calls[what]()
     assert not Path("recipes/x/lock.json").exists()
+
+
+def test_pinning_data_sets_leaves_what_a_lock_holds(server):
+    server.publish("acme/tiny", TINY)
+    old = server.publish("datasets/acme/old", {"a.jsonl": b"{}"})
+    new = server.publish("datasets/acme/new", {"a.jsonl": b"{}"})
+    study = load_study(study_with(m="acme/tiny"))
+    before = hub.lock(study, (), ["acme/old"], lambda models: {"ancestry": {"depth": 4}})
+    server.publish("datasets/acme/old", {"a.jsonl": b"[]"})
+    hub.pin_datasets(["acme/old", "acme/new"], study.lock)
+    pinned = {"acme/old": {"commit": old}, "acme/new": {"commit": new}}
+    assert json.loads(study.lock.read_text()) == before | {"datasets": pinned}
 
 
 def test_a_fetch_reads_no_other_list_of_files_than_the_one_it_checks(server):

@@ -155,16 +155,17 @@ class _Walk:
     def commit(
         self, repo: str, revision: str | None, as_of: datetime | None
     ) -> tuple[str, datetime | None]:
-        """The commit that was current then, and its date (None where the history is gated)."""
+        """The commit that was current then, and its date (None where the history is not known)."""
         branch = revision or "main"
         if (repo, branch) not in self.histories:
             try:
                 self.histories[repo, branch] = hub_cards.history(repo, branch)
             except UserError as error:
-                if hub_cards.lacking(error) in (None, hub_cards.NO_REVISION):
+                why = hub_cards.lacking(error)
+                if why in (None, hub_cards.NO_REVISION):
                     raise
                 commit = str(hub_cards.page(repo, branch).commit)  # raises if there is none
-                self.note(repo, "gated: its history is not known, so today's commit is taken")
+                self.note(repo, f"{why}: its history is not known, so today's commit is taken")
                 return commit, None
         commits = self.histories[repo, branch]
         pinned = bool(revision and COMMIT.match(revision))

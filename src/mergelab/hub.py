@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from mergelab import hub_api
@@ -23,7 +25,7 @@ from mergelab.checkpoint import INDEX
 from mergelab.errors import Problems, UserError
 from mergelab.folders import alone, move_into_place, partial_folder
 from mergelab.hub_api import client
-from mergelab.hub_errors import explained, hub_url, patient
+from mergelab.hub_errors import explained, hub_url, no_hub, patient
 from mergelab.hub_files import COMMIT, HubFile, is_plausible, is_safe_name, needed
 from mergelab.progress import arriving, bar, say
 from mergelab.record import file_sha256, write_json
@@ -143,14 +145,18 @@ def resolve_dataset(repo: str, lock_path: Path) -> str:
 
 
 def pin_datasets(repos: Iterable[str], lock_path: Path) -> None:
-    """Add datasets at their newest commits to a lock file that pins datasets alone.
+    """Add datasets at their newest commits to a lock file, which may be a study's or not be there.
 
-    Those that it holds stay as they are."""
-    known = _read_lock(lock_path, "datasets") if lock_path.exists() else {}
+    All that it holds stays as it is."""
+    whole: dict[str, Any] = {"version": VERSION, "models": {}}
+    known: dict[str, Any] = {}
+    if lock_path.exists():
+        known = _read_lock(lock_path, "datasets")
+        whole = json.loads(lock_path.read_text(encoding="utf-8"))
     for repo in sorted(set(repos) - known.keys()):
         known[repo] = {"commit": listing(repo, None, "dataset")[0]}
         say(f"dataset {repo}: commit {known[repo]['commit']}")
-        write_json(lock_path, {"version": VERSION, "models": {}, "datasets": known})
+        write_json(lock_path, whole | {"datasets": known})
 
 
 def download_dataset(
@@ -263,8 +269,11 @@ def _pin(hub_id: str) -> Pinned:
 
 def licence(pinned: Pinned) -> str | None:
     """The licence that a repository's card declares at its commit, or None."""
-    with explained(pinned.repo, pinned.commit):
-        answer = patient(lambda: hub_api.info(pinned.repo, pinned.commit))
+    try:
+        with explained(pinned.repo, pinned.commit):
+            answer = patient(lambda: hub_api.info(pinned.repo, pinned.commit))
+    except (ValueError, RecursionError):
+        raise no_hub(pinned.repo) from None
     front = answer.get("cardData") if isinstance(answer, Mapping) else None
     found = front.get("license") if isinstance(front, Mapping) else None
     return found if isinstance(found, str) else None
@@ -280,7 +289,7 @@ def listing(repo: str, revision: str | None, kind: str = "model") -> tuple[str, 
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
         good = None  # the answer is no repository's
     if not good:
-        raise UserError(f"{repo}: {hub_url()} does not answer like a hub. Check HF_ENDPOINT.")
+        raise no_hub(repo)
     return commit, {file.name: file for file in files}
 
 
@@ -293,7 +302,7 @@ def _listed(one: Mapping[str, Any]) -> HubFile:
 def _read_index(pinned: Pinned, file: HubFile) -> str:
     if file.size > MAX_INDEX_BYTES:
         raise UserError(f"{pinned}: {INDEX} has {file.size:,} bytes, too many for an index.")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         with explained(pinned.repo, pinned.commit):
             snapshot(pinned.repo, pinned.commit, [file.name], Path(folder))
         if wrong := _differences(Path(folder), (file,)):
@@ -381,8 +390,36 @@ def snapshot(
     The client's own snapshot_download would read a list of all files first, however long."""
     fetch = client().hf_hub_download
     place = {"repo_type": kind, "revision": commit, "local_dir": folder}
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        list(pool.map(lambda name: patient(lambda: fetch(repo, name, **place)), names))
+    _each(lambda name: patient(lambda: fetch(repo, name, **place)), names)
+
+
+def _each(call: Callable[[str], Any], names: Iterable[str]) -> None:
+    """Do `call` with each name, REQUESTS at a time; the first error is raised when it comes.
+
+    Neither it nor Ctrl-C waits for what is under way, for those threads are daemons: Python waits
+    for an executor's, which may sleep or read for minutes."""
+    left, ended = deque(names), SimpleQueue[BaseException | None]()
+    count = len(left)
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                name = left.popleft()
+                try:
+                    call(name)
+                except BaseException as error:
+                    ended.put(error)
+                else:
+                    ended.put(None)
+
+    for _ in range(min(REQUESTS, count)):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in range(count):
+            if error := ended.get():
+                raise error
+    finally:
+        left.clear()
 
 
 def _differences(folder: Path, files: Iterable[HubFile]) -> list[str]:

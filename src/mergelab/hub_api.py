@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from typing import Any
 from urllib.parse import quote
 
 from mergelab.errors import UserError
 from mergelab.hub_errors import hub_url
 
-MAX_ANSWER = 16_000_000  # bytes, unpacked; a repository of 10,000 files takes 3 million
+MAX_ANSWER = 16_000_000  # bytes, of a list all pages; a repository of 10,000 files takes 3 million
 MAX_ERROR = 1 << 16  # bytes of an error's text
 PATIENCE = 30.0  # seconds without a byte
+GZIP = zlib.MAX_WBITS | 16  # what zlib calls gzip
 
 
 class TooLong(UserError):
-    """An answer has more than MAX_ANSWER bytes."""
+    """An answer, or a list in pages, has more than MAX_ANSWER bytes."""
 
 
 def client() -> Any:
@@ -42,30 +44,64 @@ def address(repo: str, kind: str = "model") -> str:
 def info(repo: str, revision: str | None, kind: str = "model") -> Any:
     """What the hub says of a commit and its files, as JSON that is not looked at yet."""
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
-    return get(f"{address(repo, kind)}{at}", blobs="true")[0]
+    start = f"{address(repo, kind)}{at}"
+    return json.loads(_read(start, MAX_ANSWER, start, {"blobs": "true"})[0])
 
 
-def get(address: str, **params: str) -> tuple[Any, str]:
-    """JSON of the hub, and the address of its next page or nothing, by way of the client's session.
+def listed(start: str, most: int, **params: str) -> list[Any]:
+    """The entries of a list that the hub sends in pages, up to the page on which they are `most`.
 
-    Raises the client's errors, ValueError if the answer is no JSON, and TooLong."""
+    The next page is where the hub says, if that is below its own /api/: a renamed repository's
+    is under the new name. Raises what _read raises, ValueError for what is no JSON."""
+    found: list[Any] = []
+    data, place = _read(start, MAX_ANSWER, start, params)
+    room = MAX_ANSWER - len(data)
+    while page := json.loads(data):
+        found += page
+        if len(found) >= most or not place.startswith(f"{client().endpoint}/api/"):
+            break
+        data, place = _read(place, room, start, {})
+        room -= len(data)
+    return found
+
+
+def _read(place: str, room: int, start: str, params: dict[str, str]) -> tuple[bytes, str]:
+    """An answer's bytes, at most `room`, and the address of its next page or nothing.
+
+    By way of the client's session, which would unpack a thousand times the bytes before we see
+    them: what comes packed though nobody asked for it is unpacked here. Raises the client's errors,
+    ValueError, TooLong (which names `start`, for the address of a page is a server's text)."""
     from huggingface_hub import utils
 
     tools: Any = utils  # public functions, which the module does not declare as such
-    headers = tools.build_hf_headers(library_name="mergelab")
+    headers = {**tools.build_hf_headers(library_name="mergelab"), "Accept-Encoding": "identity"}
     options = {"params": params or None, "headers": headers, "timeout": PATIENCE}
     data = bytearray()
-    with tools.get_session().stream("GET", address, **options) as answer:
+    with tools.get_session().stream("GET", place, **options) as answer:
         refuse_errors(answer)
-        for piece in answer.iter_bytes():
+        packing = answer.headers.get("Content-Encoding", "identity").lower()
+        if packing not in ("identity", "gzip"):
+            raise ValueError(f"an answer packed by {packing}")
+        unpacker = zlib.decompressobj(GZIP)
+        for piece in answer.iter_raw():
+            if packing == "gzip":
+                piece = _unpacked(unpacker, piece, room + 1 - len(data))
             data += piece
-            if len(data) > MAX_ANSWER:
+            if len(data) > room:
                 raise TooLong(
-                    f"{address.partition('/api/')[2]}: {hub_url()} answers with more than "
+                    f"{start.partition('/api/')[2]}: {hub_url()} answers with more than "
                     f"{MAX_ANSWER:,} bytes where files or commits should be listed. Check "
                     "HF_ENDPOINT; if it is right, take a repository of fewer files."
                 )
-        return json.loads(data), answer.links.get("next", {}).get("url", "")
+        return bytes(data), answer.links.get("next", {}).get("url", "")
+
+
+def _unpacked(unpacker: Any, piece: bytes, most: int) -> bytes:
+    """At most so many bytes of a packed piece; ValueError if it is damaged."""
+    try:
+        return bytes(unpacker.decompress(piece, most))
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
 
 
 def refuse_errors(answer: Any) -> None:

@@ -17,7 +17,7 @@ import yaml
 from mergelab import hub_api, hub_headers
 from mergelab.errors import UserError
 from mergelab.hub_api import TooLong, client
-from mergelab.hub_errors import explained, hub_url, patient
+from mergelab.hub_errors import explained, no_hub, patient
 from mergelab.hub_files import COMMIT
 from mergelab.yamlfile import MAX_BYTES
 
@@ -58,8 +58,11 @@ def lacking(error: UserError) -> str | None:
     """Why there is no such repository for us, if `error` says that; None for other failures."""
     if isinstance(error, TooLong):
         return "what the hub says of it is too long to be read"
-    causes = type(error.__context__).__mro__ if error.__context__ else ()
-    return next((LACKS[kind.__name__] for kind in causes if kind.__name__ in LACKS), None)
+    cause: Any = error.__context__
+    known = (LACKS[kind.__name__] for kind in type(cause).__mro__ if kind.__name__ in LACKS)
+    bare = type(cause).__name__ == "HfHubHTTPError"  # a mirror's, that gives no reason
+    missing = bare and cause.response.status_code == 404
+    return next(known, "the hub does not tell of it (HTTP 404)" if missing else None)
 
 
 def moment(text: str) -> datetime:
@@ -102,7 +105,7 @@ def history(repo: str, revision: str) -> list[Commit]:
         found = []
     good = bool(found) and all(COMMIT.match(one.id) for one in found)
     if not good or (COMMIT.match(revision) and found[0].id != revision):
-        raise _no_hub(repo)
+        raise no_hub(repo)
     return found
 
 
@@ -119,30 +122,16 @@ def weights_date(repo: str, commit: str) -> datetime | None:
             if found := [_time(str(last["date"])) for name, last in told if name.endswith(names)]:
                 return max(found)
     except STRANGE:
-        raise _no_hub(repo) from None
+        raise no_hub(repo) from None
     return None
 
 
 def _pages(repo: str, what: str, revision: str, **params: str) -> list[Any]:
     """All that the hub lists of a revision (up to MAX_LISTED), as JSON that is not looked at."""
-
-    def ask() -> list[Any]:
-        found: list[Any] = []
-        start = f"{hub_api.address(repo)}/{what}/{quote(revision, safe='')}"
-        answer, address = hub_api.get(start, **params)
-        found += answer
-        while address.startswith(start) and len(found) < MAX_LISTED:
-            answer, address = hub_api.get(address)
-            found += answer
-        return found
-
     with explained(repo, revision):
-        answers: list[Any] = patient(ask)
+        start = f"{hub_api.address(repo)}/{what}/{quote(revision, safe='')}"
+        answers: list[Any] = patient(lambda: hub_api.listed(start, MAX_LISTED, **params))
     return answers
-
-
-def _no_hub(repo: str) -> UserError:
-    return UserError(f"{repo}: {hub_url()} does not answer like a hub. Check HF_ENDPOINT.")
 
 
 def current(commits: list[Commit], as_of: datetime | None) -> Commit | None:
@@ -161,11 +150,11 @@ def page(repo: str, revision: str) -> Page:
         sizes = {str(file["rfilename"]): file.get("size") for file in info.get("siblings") or ()}
         date = _time(info["lastModified"]) if info.get("lastModified") else None
     except STRANGE:
-        raise _no_hub(repo) from None
+        raise no_hub(repo) from None
     asked = revision if COMMIT.match(revision) else commit
     good = isinstance(name, str) and isinstance(commit, str) and commit == asked
     if not good or not NAME.match(name) or not COMMIT.match(commit):
-        raise _no_hub(repo)
+        raise no_hub(repo)
     read = _Reader(name, commit, sizes)
     card, adapter = read.text(CARD), read.text(ADAPTER)
     recipe = next(filter(None, map(read.text, RECIPES)), "")

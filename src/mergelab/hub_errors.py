@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,18 @@ WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between tries, unless the hub says how l
 LONGEST_WAIT = 300.0
 LOGIN = "hf auth login"
 AGAIN = "Nothing was written; run the command again later."
+_SPEAKING = threading.Lock()  # held by the one of several waiting threads that said so
 
 
 def hub_url() -> str:
     """The hub's address without user name and password."""
     parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+
+
+def no_hub(repo: str) -> UserError:
+    """What is said of an answer about `repo` that is no hub's."""
+    return UserError(f"{repo}: {hub_url()} does not answer like a hub. Check HF_ENDPOINT.")
 
 
 @contextmanager
@@ -58,9 +65,20 @@ def patient(call: Callable[[], Any]) -> Any:
             asked = _pause(_chain(error), wait)
             if asked is None:
                 raise
-            say(f"the hub is busy or the connection broke: next try in {asked:g} s")
-            time.sleep(asked)
+            _wait(asked)
     return call()
+
+
+def _wait(seconds: float) -> None:
+    """Sleep, and say so unless another thread has just said it."""
+    speaks = _SPEAKING.acquire(blocking=False)
+    try:
+        if speaks:
+            say(f"the hub is busy or the connection broke: next try in {seconds:g} s")
+        time.sleep(seconds)
+    finally:
+        if speaks:
+            _SPEAKING.release()
 
 
 def _pause(chain: list[BaseException], wait: float) -> float | None:

@@ -193,7 +193,7 @@ def _in_wheels(task: str, needed: Iterable[str]) -> Source | None:
 def _make(
     one: Source, missing: dict[str, Path], listings: dict[tuple[str, str], dict[str, HubFile]]
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="mergelab-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mergelab-", ignore_cleanup_errors=True) as folder:
         if one.repo is not None:
             _download(one, Path(folder), listings)
         for split, path in missing.items():
