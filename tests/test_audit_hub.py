@@ -8,10 +8,13 @@ import io
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from checkpoints import write_model
 from conftest import Run
 from loopback_hub import LoopbackHub
 from tiny import tiny_model, tiny_study
@@ -20,6 +23,7 @@ from mergelab import chatter, inference, scores
 from mergelab.audit.rescore import rescore
 from mergelab.audit.run import Options, audit
 from mergelab.audit.verdicts import judge
+from mergelab.checkpoint import open_checkpoint
 from mergelab.claims.base import Claim
 from mergelab.errors import UserError
 from mergelab.study import Benchmark
@@ -116,6 +120,17 @@ def test_a_hub_model_is_fetched_and_scored_again_and_its_claims_are_judged(
     assert not any("safetensors" in request for request in server.requests[asked:])
 
 
+def test_the_benchmark_of_a_folder_is_fetched_by_a_process_that_asked_no_hub_before(
+    server: LoopbackHub, mergelab: Run, tmp_path: Path, sciq: str, true: dict[str, float]
+) -> None:
+    card = CARD.format(honest=true["acc"], raised=true["acc_norm"])
+    (tmp_path / "model/README.md").write_text(card)
+    done = mergelab("audit", "model", "--fetch", "--skip", "weights")
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "results/audits/model/audit.json").read_text())
+    assert [claim["verdict"] for claim in data["claims"]] == ["reproduced", "reproduced"]
+
+
 def claim() -> Claim:
     return Claim("m", "sciq", 0.5, "50.00", True, "card.md:3", "SciQ", metric="acc", shots=0)
 
@@ -142,9 +157,25 @@ def test_a_model_that_transformers_cannot_read_is_the_makers_fault(
     path = tmp_path / "model" / file
     broken = {"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}
     path.write_text(json.dumps(broken) if file == "config.json" else "{")
-    found = rescore("m", tmp_path / "model", [claim()], tmp_path / "work", fetch=True)["sciq"]
+    chats = replace(claim(), chat_template=True)
+    found = rescore("m", tmp_path / "model", [chats], tmp_path / "work", fetch=True)["sciq"]
     assert found.measured == ()
+    assert "has no chat template" not in found.why_not
     assert f"transformers cannot read its {file.removesuffix('.json')}" in found.why_not
+
+
+def test_want_of_memory_or_of_a_package_is_not_called_damaged_files(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", {"x": np.zeros(1, np.float32)}, "F32")
+    sizes = {"n_embd": 2**24, "n_positions": 2**30, "vocab_size": 2**30}  # 32 PB at once: refused
+    huge = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, **sizes}
+    (tmp_path / "model/config.json").write_text(json.dumps(huge))
+    with pytest.raises(UserError, match=r"its model needs more memory than there is: .*allocate"):
+        inference.load(open_checkpoint(tmp_path / "model", "m"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "old/tokenizer.model").write_bytes(b"SentencePiece")
+    with pytest.raises(UserError, match=r"its tokenizer needs a package that is not here: .*pip"):
+        inference.load_tokenizer(tmp_path / "old")
 
 
 @pytest.fixture
@@ -154,26 +185,48 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_each_kind_of_warning_is_told_once_and_what_is_raised_is_not_touched(
+def test_each_kind_of_warning_is_told_once_when_it_comes_and_what_is_raised_is_not_touched(
     said: list[str],
 ) -> None:
     before = logging.getLogger("transformers").handlers
+    first = "transformers.once: cut 0 tokens"
 
     def work() -> None:
         with inference.quiet(offline=True):
             for number in range(1000):
-                logging.getLogger("transformers.x").warning("cut %d tokens", number)
-            logging.getLogger("datasets.x").error("odd \x1b[31m text")
+                logging.getLogger("transformers.once").warning("cut %d tokens", number)
+            assert first in said
+            logging.getLogger("datasets.once").error("odd \x1b[31m text")
             logging.getLogger("datasets").info("never told")
             raise UserError("a real mistake")
 
-    with pytest.raises(UserError, match="a real mistake"):
-        work()
-    assert said == [
-        "transformers.x: cut 0 tokens (1,000 times, with other numbers)",
-        "datasets.x: odd  [31m text",
-    ]
+    for _ in range(2):  # an audit of many benchmarks tells it once, too
+        with pytest.raises(UserError, match="a real mistake"):
+            work()
+    assert said == [first, "datasets.once: odd  [31m text"]
     assert logging.getLogger("transformers").handlers is before
+
+
+def test_many_warnings_of_one_part_of_a_library_hide_none_of_another(said: list[str]) -> None:
+    with inference.quiet(offline=True):
+        for letter in "abcdefgh":
+            logging.getLogger("lm_eval.many").warning("default for %s", letter)
+        logging.getLogger("transformers.many").warning("newly initialized: lm_head")
+    assert said == [
+        *(f"lm_eval.many: default for {letter}" for letter in "abcde"),
+        "lm_eval.many: further warnings of it are not shown",
+        "transformers.many: newly initialized: lm_head",
+    ]
+
+
+def test_a_warning_that_a_library_words_wrongly_stops_nothing(said: list[str]) -> None:
+    with inference.quiet(offline=True):
+        logging.getLogger("transformers.slip").warning("a thing is deprecated", FutureWarning)
+        logging.getLogger("transformers.slip").warning({"%s": 1}, 2, 3)
+    assert said == [
+        "transformers.slip: a thing is deprecated",
+        "transformers.slip: (a message that cannot be shown)",
+    ]
 
 
 def test_bars_of_others_are_off_inside_and_back_after(capsys: pytest.CaptureFixture[str]) -> None:

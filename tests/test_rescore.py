@@ -378,6 +378,16 @@ def test_a_part_of_the_items_widens_the_interval(place, study, truth):
     assert "our run saw 60 of" in whole.why or whole.verdict == "reproduced"
 
 
+def test_of_a_part_of_a_file_whose_items_are_not_counted_no_number_is_impossible(place, study):
+    shutil.copy(study.folder / "arc.jsonl", study.folder / "arc.json")
+    bench = dataclasses.replace(study.suite[0], data="arc.json", limit=60)
+    fewer = dataclasses.replace(study, suite=(bench,))
+    given = claim("arc_easy", 62.3, digits=1, metric="acc", shots=0, split=None)
+    found = rescore("m", place / "model", [given], place / "work", fewer)["arc_easy"]
+    assert {(one.n, one.size, one.split) for one in found.measured} == {(60, None, "arc.json[:60]")}
+    assert judge(given, found.measured).verdict != "impossible"
+
+
 def test_averages_are_judged_as_the_mean_of_their_rows(place, study, truth):
     rows = [
         claim("arc_easy", 100 * truth["arc_easy", "acc", None, 0].value, metric="acc", shots=0),

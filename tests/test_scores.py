@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,28 @@ def test_a_model_without_a_chat_template_is_told_before_its_weights_are_read(res
     give_template(tmp_path / "model", "{{ raise_exception('no ' + messages[0].role) }}")
     with pytest.raises(UserError, match=r"its chat template fails: no user\n  Mend it"):
         scores.evaluate(study, "m", tmp_path / "model", results)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 'a' * 1500000000 }}", "it takes too much memory"),
+        ("{{ 'a' * 10000001 }}", "it writes 10,000,001 characters"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "0.2 s"),
+    ],
+)
+def test_a_chat_template_that_takes_too_much_is_stopped(
+    results, tmp_path, monkeypatch, template, why
+):
+    monkeypatch.setattr("mergelab.answers.SECONDS", 0.2)
+    tiny_model(tmp_path / "model")
+    give_template(tmp_path / "model", template)
+    bench = Benchmark("arc", "arc_easy", "arc/test", None, 0, chat_template=True)
+    study = tiny_study(results / "study", suite=(bench,))
+    limits = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match=f"its chat template fails: .*{why}.*\n  Mend it"):
+        scores.evaluate(study, "m", tmp_path / "model", results)
+    assert limits == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM))
 
 
 def test_chats_are_recorded_and_never_answered_by_plain_prompts(model, fresh, tmp_path):

@@ -218,6 +218,13 @@ def test_candidates_without_scores_or_with_other_prompts_are_refused(place):
         assert f"Run: mergelab evaluate {place / 'recipes/mine'} noise" in refused(place)
     finally:
         path.write_text(whole)
+    chats = json.loads(whole)
+    chats["benchmarks"]["held_out"] |= {"chat_template": True, "chat_template_sha": "0" * 64}
+    path.write_text(json.dumps(chats))
+    try:
+        assert "write the chats of 'held_out' by different templates" in refused(place)
+    finally:
+        path.write_text(whole)
     table = Path(results / "scores/noise.parquet")
     kept = table.read_bytes()
     frame = scores.table(table)

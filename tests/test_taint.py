@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from mergelab import lineage
+from mergelab.claims.cards import read_card
+from mergelab.declared import declared
 from mergelab.detectors import taint
 from mergelab.detectors.taint import Source
+from mergelab.hub_cards import Page
 from mergelab.lineage import Edge, Graph, Node
 from mergelab.study import Check, Dataset, Model, Share, Study, Training
 
@@ -65,6 +68,22 @@ def test_the_smallest_share_is_still_a_taint():
     several = taint.trace(graph, [Source("m0", "x", "planted", "study.yaml")])[names[-1]]
     assert len(several[0].way.path) == 400
     assert taint.verdict(several, []).startswith("attenuated to 0 - verify: m0 > m1 > ")
+
+
+def test_a_merge_that_was_trained_afterwards_has_the_whole_of_its_data_set():
+    for tag, share in (("7b", 0.5), ("DPO", 1.0)):
+        text = f"""---
+tags: [merge, {tag}]
+datasets: [bad/test-set]
+---
+```yaml
+merge_method: linear
+models: [{{model: a/x, parameters: {{weight: 1}}}}, {{model: a/y, parameters: {{weight: 1}}}}]
+```
+"""
+        card = read_card(text, "c/d", config=None, date=None)
+        (edge,) = declared(Page("c/d", None, None, text), card).datasets
+        assert (edge.parent, edge.weight, edge.exact) == ("datasets/bad/test-set", share, False)
 
 
 def test_the_strongest_of_several_ways_counts():

@@ -147,6 +147,15 @@ def test_the_explanation_with_the_printed_number_goes_first():
     assert "It would fit acc_norm (46.84 %): its label may be wrong." in near.why
 
 
+def test_grim_does_not_accuse_where_the_number_of_all_items_is_not_known():
+    part = measured(31, n=50, size=None, split="mine.csv[:50]")
+    found = judge(claim("62.3"), [part])
+    assert (found.verdict, found.grim) == ("consistent", None)
+    assert "our run saw 50 items, a part" in found.why
+    of_part = judge(claim("62.3", split="mine.csv[:50]"), [part])
+    assert (of_part.verdict, of_part.grim["n"]) == ("impossible", 50)
+
+
 def test_what_is_not_stated_may_be_any_and_is_listed():
     runs = [measured(500, "acc_norm"), measured(548)]
     found = judge(claim("46.76"), runs)
@@ -222,6 +231,20 @@ def test_a_claim_that_is_silent_about_the_chat_template_it_needs_is_told_so():
     other = judge(claim("42.66", metric="acc"), [chat, plain])
     assert (other.verdict, other.explained_by) == ("reproduced", {"chat_template": False})
     assert other.alternatives[0]["chat_template"] is True
+
+
+def test_a_silent_claim_is_not_accused_by_chats_alone_nor_where_chats_failed():
+    silent = claim("60.67", metric="acc")
+    chat = judge(silent, [measured(548, chat_template=True)])
+    assert chat.verdict == "unverifiable"
+    assert "the claim may be about a plain prompt, which was not run here" in chat.why
+    failed = judge(silent, [measured(548)], "Its template fails.", chats_failed=True)
+    assert failed.verdict == "unverifiable"
+    assert "may be about the chat template, which was not run here. Its template" in failed.why
+    plain = claim("60.67", metric="acc", chat_template=False)
+    assert judge(plain, [measured(548)], chats_failed=True).verdict == "not reproduced"
+    both = [measured(548), measured(500, chat_template=True)]
+    assert judge(silent, both).verdict == "not reproduced"
 
 
 def test_equal_versions_in_other_words_are_no_obstacle():

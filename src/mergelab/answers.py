@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import inference
+from mergelab.bounded import bounded
 from mergelab.errors import UserError
 from mergelab.progress import Bar
 from mergelab.record import canonical, digest, write_bytes
 
 PROMPT_TOKENS = 256  # assumed per prompt when the batch size is chosen
 EVERY = 30.0  # seconds between two files
+SECONDS, MEMORY, LONGEST = 10.0, 2**28, 10**7  # of one chat; bytes; characters of it
 
 
 class NotFinite(Exception):
@@ -122,12 +124,17 @@ def remembering(
             from lm_eval.models.huggingface import HFLM
 
             try:
-                return str(HFLM.apply_chat_template(self, chat_history, add_generation_prompt))
+                with bounded(SECONDS, MEMORY):
+                    text = str(HFLM.apply_chat_template(self, chat_history, add_generation_prompt))
+                if len(text) > LONGEST:
+                    raise ValueError(f"it writes {len(text):,} characters")
             except Exception as error:  # a template is a stranger's program: any error is its own
+                why = str(error) or "it takes too much memory"
                 raise UserError(
-                    f"{tokenizer.name_or_path}: its chat template fails: {error}\n  Mend it, or "
+                    f"{tokenizer.name_or_path}: its chat template fails: {why}\n  Mend it, or "
                     "leave chat_template out of the benchmark."
                 ) from None
+            return text
 
         def loglikelihood(self, requests: Any) -> Any:
             return [(value, bool(greedy)) for value, greedy in self.ask("loglikelihood", requests)]

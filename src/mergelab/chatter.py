@@ -4,56 +4,59 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
 
 from mergelab.progress import say
 
-LIBRARIES = ("lm_eval", "transformers", "datasets", "huggingface_hub")
-MOST, LONGEST = 5, 240  # kinds of warnings that are told, and characters of each
+LIBRARIES = ("lm_eval", "transformers", "datasets")
+MOST, LONGEST = 5, 240  # kinds of warnings told of each logger, and characters of each
 
 
-class _Tally(logging.Handler):
-    """Counts the warnings and errors of each kind: those that differ in nothing but numbers."""
+class _Once(logging.Handler):
+    """Says a warning or error when it comes, of each kind (those that differ in nothing but
+    numbers) the first in this process."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.first: dict[str, str] = {}
-        self.counts: Counter[str] = Counter()
+        self.told: dict[str, set[str]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = f"{record.name}: {record.getMessage()}"
+        said = f"{record.name}: {_message(record)}"
         text = "".join(c if c.isprintable() else " " for c in said)[:LONGEST]
-        kind = re.sub(r"\d+", "#", text)
-        self.first.setdefault(kind, text)
-        self.counts[kind] += 1
+        kinds, kind = self.told.setdefault(record.name, set()), re.sub(r"\d+", "#", text)
+        if kind in kinds or len(kinds) > MOST:
+            return
+        kinds.add(kind)
+        more = len(kinds) > MOST
+        say(f"{record.name}: further warnings of it are not shown" if more else text)
 
-    def tell(self) -> None:
-        """Say each kind once, by the first of its messages."""
-        for kind, text in list(self.first.items())[:MOST]:
-            count = self.counts[kind]
-            say(text if count == 1 else f"{text} ({count:,} times, with other numbers)")
-        if len(self.first) > MOST:
-            say(f"... and {len(self.first) - MOST} more kinds of warnings")
+
+_ONCE = _Once()
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # a slip of the library: the arguments do not fit the text
+        return record.msg if isinstance(record.msg, str) else "(a message that cannot be shown)"
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Inside, other libraries show no progress bars; what they warn of is told at the end, each
-    kind of warning once, with its count. What they raise is not touched."""
-    tally, loggers = _Tally(), [logging.getLogger(name) for name in LIBRARIES]
+    """Inside, other libraries show no progress bars, and what they warn of is told once in the
+    process for each kind of warning. What they raise is not touched."""
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
-        logger.handlers, logger.propagate = [tally], False
+        logger.handlers, logger.propagate = [_ONCE], False
     try:
         with _without_bars():
             yield
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
-        tally.tell()
 
 
 @contextmanager

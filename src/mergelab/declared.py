@@ -3,8 +3,10 @@
 Parents are those of the recipe (mergekit_config.yml, or a fence of the card), of `base_model`, of
 an adapter's settings, and the tags by which merges name them. Names stay as they are written.
 
-A merge is not trained: data sets on its card are those of its parents, whichever these are, so that
-at most the largest share of a parent can be left of them."""
+Data sets on the card of a merge are taken for those of one of its parents, whichever it is, so that
+at most the largest share of a parent can be left of them: an assumption, which fails where several
+parents were trained on the same. It is not made if a tag says that the merge was trained (TRAINED).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,8 @@ from mergelab.lineage import Edge
 from mergelab.yamlfile import Map, parse
 
 MERGED = {"merge", "mergekit", "lazymergekit", "mergelab"}  # tags of merges
+TRAINED = {"dpo", "fine-tune", "fine-tuned", "finetune", "finetuned", "grpo", "kto", "orpo", "ppo"}
+TRAINED |= {"reinforcement-learning", "rlhf", "sft", "trl", "unsloth"}
 QUANTISED = {"gguf", "ggml", "gptq", "awq", "exl2", "quantized"}
 MOE = "mixture of experts"
 MAX_PARENTS = 64  # followed, of one page
@@ -70,7 +74,8 @@ def declared(page: Page, card: Card) -> Declared:
         complete = False
         notes.append(f"names {len(edges):,} parents; the first {MAX_PARENTS} are followed")
     names = [name for name in dict.fromkeys(card.datasets) if NAME.match(name)][:MAX_PARENTS]
-    share = max((min(edge.weight, 1.0) for edge in edges), default=1.0) if merged else 1.0
+    whole = not merged or bool(tags & TRAINED)
+    share = 1.0 if whole else max((min(edge.weight, 1.0) for edge in edges), default=1.0)
     data = tuple(
         Edge(f"datasets/{shown(name)}", child, "train", share, not merged) for name in names
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from mergelab.record import digest, file_sha256
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 LOGITS = 2**26  # elements of one batch's logits: 256 MB in float32
+NO_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory", re.I)
 DEFAULT_LENGTH = 2048  # tokens, where neither config nor tokenizer says
 
 
@@ -97,7 +99,8 @@ def load(checkpoint: Checkpoint) -> Loaded:
             f"'{missing[0]}'. Compare config.json with the weights, then make the model again."
         )
     tokenizer = load_tokenizer(folder)
-    model = model.to(device).eval()
+    with _blamed(folder, "model"):
+        model = model.to(device).eval()
     return Loaded(model, tokenizer, device, dtype, _length(model.config, tokenizer))
 
 
@@ -135,15 +138,23 @@ def max_length(folder: Path, tokenizer: Any) -> int:
 
 @contextmanager
 def _blamed(folder: Path, what: str) -> Iterator[None]:
-    """Whatever transformers raises inside becomes a UserError: the files are a stranger's."""
+    """Whatever transformers raises inside becomes a UserError: the files are a stranger's, but
+    want of memory or of a package is not their fault."""
     try:
         yield
     except Exception as error:
-        said = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"{folder}: transformers cannot read its {what}: {said}\n  The files are damaged, or "
-            "of a kind that it does not know (code that comes with a model is not run)."
-        ) from error
+        lines = (line.strip() for line in str(error).splitlines())
+        said = next(filter(None, lines), type(error).__name__)
+        if isinstance(error, MemoryError) or NO_MEMORY.search(said):
+            why = f"its {what} needs more memory than there is: {said}\n  Take a machine with more."
+        elif isinstance(error, ImportError) or "pip install" in said:
+            why = f"its {what} needs a package that is not here: {said}\n  Install it, then go on."
+        else:
+            why = (
+                f"transformers cannot read its {what}: {said}\n  The files are damaged, or of a "
+                "kind that it does not know (code that comes with a model is not run)."
+            )
+        raise UserError(f"{folder}: {why}") from error
 
 
 def _length(config: Any, tokenizer: Any) -> int:

@@ -43,12 +43,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's score on the benchmark, and which items and prompts it was measured on."""
+    """A model's score on the benchmark, and which items and prompts it was measured on;
+    `template` is the SHA-256 of that of its chats."""
 
     value: float
     metric: str
     higher: bool
     fingerprint: str
+    template: str | None
 
 
 def greedy(
@@ -157,10 +159,22 @@ def _scored(study: Study, bench: Benchmark, name: str, results: Path) -> Scored:
     if found is None:
         raise UserError(f"{path}: holds no scores on '{bench.name}'. Run: {remedy}")
     value = float(aggregates.score(found.parts)["value"])
-    return Scored(value, entry["metric"], bool(entry["higher_is_better"]), found.fingerprint)
+    return Scored(
+        value,
+        entry["metric"],
+        bool(entry["higher_is_better"]),
+        found.fingerprint,
+        entry.get("chat_template_sha"),
+    )
 
 
 def _check_same(study: Study, bench: Benchmark, one: Scored, other: Scored) -> None:
+    if one.template != other.template:
+        raise UserError(
+            f"{study.folder / 'study.yaml'}: the candidates write the chats of '{bench.name}' by "
+            "different templates, so that their prompts differ.\n  Choose by a benchmark without "
+            "chat_template, or name candidates of one template."
+        )
     if (one.metric, one.fingerprint) != (other.metric, other.fingerprint):
         raise UserError(
             f"{study.folder / 'study.yaml'}: the candidates were not scored on the same items and "

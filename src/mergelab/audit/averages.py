@@ -160,7 +160,7 @@ def _published_size(
     shares = figures is not None and all(0 <= c.value <= 1 and not c.rescaled for c in figures)
     if figures is None or not shares or own_unit(benchmark, figures[0].metric):
         return None
-    whole = (one.size for one in measured if one.n == one.size or one.combine is None)
+    whole = (one.size for one in measured if one.size is not None)
     return SIZES.get(benchmark) or next(whole, None)
 
 

@@ -26,7 +26,7 @@ def judged(claims: Sequence[Claim], readings: Look, page: Path) -> list[dict[str
     for claim in claims:
         if claim.benchmark != AVERAGE:
             known = readings(claim.model, claim.benchmark)
-            verdicts[claim] = judge(claim, known.measured, known.why_not)
+            verdicts[claim] = judge(claim, known.measured, known.why_not, known.chats_failed)
             record = next((one.record for one in known.measured if one.record), None)
             records[claim] = record and os.path.relpath(record, page)
     for claim in claims:

@@ -48,9 +48,9 @@ VALIDATION = ("boolq", "hellaswag", "medmcqa", "piqa", "truthfulqa_mc1", "winogr
 class Measured:
     """One value that a run of ours gave: of one benchmark, metric, filter and number of shots.
 
-    `size` counts the items of the whole split, of which the run saw `n`; `split` names them
-    ("test", "test[:150]", or DATASET/PART). `error` is the standard error of sampling items,
-    `spread` by dtype the standard deviation between this run and an honest one in that dtype.
+    `size` counts the items of the whole split (None: not known), of which the run saw `n`; `split`
+    names them ("test", "test[:150]", or DATASET/PART). `error`: standard error of sampling items;
+    `spread` by dtype: the standard deviation between this run and an honest one in that dtype.
     `hits`: items answered right, None unless each is right or wrong and all count alike.
     `rescaled`: the value moved so that guessing is 0, where a leaderboard says what guessing is,
     and `stretch` what that multiplies differences by. `higher_is_better`: as the task says of its
@@ -63,7 +63,7 @@ class Measured:
     shots: int
     value: float
     n: int
-    size: int
+    size: int | None
     split: str
     error: float
     spread: Mapping[str, float]
@@ -113,6 +113,15 @@ def obstacles(claim: Claim, one: Measured) -> list[str]:
     return found
 
 
+def untried(claim: Claim, one: Measured, measured: Sequence[Measured], chats_failed: bool) -> str:
+    """What a claim may be about that does not say whether it is about chats: plain prompts where
+    only chats were run, or chats where those failed; "" if nothing."""
+    alike = all(other.chat_template == one.chat_template for other in measured)
+    if claim.chat_template is not None or not alike:
+        return ""
+    return "a plain prompt" if one.chat_template else "the chat template" if chats_failed else ""
+
+
 def differences(claim: Claim, one: Measured) -> list[dict[str, Any]]:
     """The fields of the protocol where claim and run differ, or of which the claim says nothing."""
     fields = ("metric", "filter", "shots", "task_version", "chat_template", "dtype", "split")
@@ -135,7 +144,7 @@ def interval(claim: Claim, one: Measured, *, sampling: bool = True) -> tuple[flo
     if sampling and _other_split(claim, one):
         variance += 2 * one.error**2
     elif sampling and is_part(claim, one):
-        variance += one.error**2 * (1 - one.n / one.size)
+        variance += one.error**2 * (1 - one.n / (one.size or math.inf))
     half = Z95 * math.sqrt(variance)
     if one.hits is not None:
         half = max(half, 1 / one.n)
@@ -146,7 +155,7 @@ def interval(claim: Claim, one: Measured, *, sampling: bool = True) -> tuple[flo
 
 def is_part(claim: Claim, one: Measured) -> bool:
     """Did the run see a part of the items that the claim is about?"""
-    return one.n < one.size and claim.split != one.split
+    return (one.size is None or one.n < one.size) and claim.split != one.split
 
 
 def value_of(claim: Claim, one: Measured) -> float:

@@ -116,32 +116,36 @@ def _floats(rows: Table, column: str) -> Floats:
 
 def _extent(study: Study, bench: Benchmark, results: Path, n: int) -> dict[str, Any]:
     """`size`, the items of the whole split, and the name of what was seen of it, `split`."""
-    size = max(n, SIZES.get(bench.task.removeprefix(task_files.PREFIX), 0))
+    size: int | None = max(n, SIZES.get(bench.task.removeprefix(task_files.PREFIX), 0))
     if bench.data is not None:
         split = bench.data
     else:
         split = task_data.splits(task_files.find(study, bench, bench.tasks[0]).plain(), bench)[0]
-    if bench.limit is not None and len(bench.tasks) == 1:
-        try:
-            one = task_build.work(study, bench, bench.tasks[0], results)
-            size = max(size, _rows(one.files["test" if bench.data else split]))
-        except (UserError, OSError, KeyError):  # the data has gone since: only the records are here
-            pass
-    elif bench.limit is not None:
-        size = max(size, n + 1)  # of several tasks only a part was seen
-    seen = f"{split}[:{bench.limit}]" if bench.limit is not None and n < size else split
-    return {"n": n, "size": size, "split": seen}
+    if bench.limit is not None and n >= bench.limit:
+        size = _rows(study, bench, split, results)
+        split += f"[:{bench.limit}]" if size is None or n < size else ""
+    return {"n": n, "size": size, "split": split}
 
 
-def _rows(path: Path) -> int:
-    """Items of a file."""
+def _rows(study: Study, bench: Benchmark, split: str, results: Path) -> int | None:
+    """Items of the file; None if it has gone since, of several tasks, and of other formats."""
+    if len(bench.tasks) > 1:
+        return None
+    try:
+        one = task_build.work(study, bench, bench.tasks[0], results)
+        return _count(one.files["test" if bench.data else split])
+    except (UserError, OSError, KeyError):
+        return None
+
+
+def _count(path: Path) -> int | None:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
         return int(parquet.read_metadata(path).num_rows)
     if path.suffix == ".jsonl":
         return sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
-    return 0
+    return None
 
 
 def _mean_of_two(found: list[Measured]) -> Iterator[Measured]:

@@ -17,6 +17,7 @@ from typing import Any
 from mergelab import (
     datasets,
     hub,
+    hub_api,
     inference,
     models,
     score_table,
@@ -43,10 +44,12 @@ BOARDS = ("open_llm_v1", "open_llm_v2", "nous", "medical", "meditron", "eq_bench
 
 @dataclass(frozen=True)
 class Readings:
-    """What was measured of a benchmark, the usual protocol first; `why_not`: what could not be."""
+    """What was measured of a benchmark, the usual protocol first; `why_not`: what could not be,
+    `chats_failed`: among it, prompts in the model's chat template."""
 
     measured: tuple[Measured, ...] = ()
     why_not: str = NO_RUN
+    chats_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def rescore(
     or from the hub if `work`/lock.json pins them; `fetch` pins them there. `limit`: items per task
     of benchmarks that are not the study's. Data and scores are kept in `work`. What cannot be run,
     for want of data, task or model, says why instead."""
+    hub_api.client()  # first imported offline (_has_template), it would stay so for good
     found = {}
     job = _Job(model, folder, work, study, limit, fetch, _has_template(folder))
     for name in dict.fromkeys(claim.benchmark for claim in claims):
@@ -127,9 +131,10 @@ def _rescore(job: _Job, claims: Sequence[Claim]) -> Readings:
         except UserError as error:
             failed.setdefault((str(error), way.chat_template), []).append(way.num_fewshot)
     why_not = [_failures(claims[0].benchmark, failed)] if failed else []
-    if not job.has_template and any(claim.chat_template for claim in claims):
+    if found and not job.has_template and any(claim.chat_template for claim in claims):
         why_not.append(f"{job.model} has no chat template.")
-    return Readings(found, " ".join(why_not) or NO_RUN)
+    chats_failed = any(chat for _, chat in failed)
+    return Readings(found, " ".join(why_not) or NO_RUN, chats_failed)
 
 
 def _as_claimed(bench: Benchmark, claim: Claim, job: _Job) -> Benchmark:

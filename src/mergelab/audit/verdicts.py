@@ -55,11 +55,16 @@ class Explanation:
     exact: bool
 
 
-def judge(claim: Claim, measured: Sequence[Measured], why_not: str = NO_RUN) -> Verdict:
+def judge(
+    claim: Claim,
+    measured: Sequence[Measured],
+    why_not: str = NO_RUN,
+    chats_failed: bool = False,
+) -> Verdict:
     """Judge a claim by what was measured of its benchmark, the usual protocol first.
 
     What the claim leaves open may be as it fits best. `why_not` says why nothing (more) could be
-    measured, and what to do."""
+    measured, and what to do; `chats_failed`: the model has a chat template that cannot be run."""
     if not math.isfinite(claim.value) or math.isnan(protocol.unit(claim)):
         return Verdict(UNVERIFIABLE, f"'{claim.printed[:40]}' is no number.")
     grim = _grim(claim, measured)
@@ -76,7 +81,8 @@ def judge(claim: Claim, measured: Sequence[Measured], why_not: str = NO_RUN) -> 
         return _unmatched(claim, grim, measured, explained, why_not)
     verdict = (REPRODUCED, CONSISTENT, NOT_REPRODUCED)[_rank(claim, best)]
     unable = protocol.obstacles(claim, best)
-    if verdict == NOT_REPRODUCED and unable and explained is None:
+    unsure = protocol.untried(claim, best, measured, chats_failed)
+    if verdict == NOT_REPRODUCED and (unable or unsure) and explained is None:
         verdict = UNVERIFIABLE
     why = _why(claim, best, verdict)
     label = None if explained is None else explained.label
@@ -86,7 +92,9 @@ def judge(claim: Claim, measured: Sequence[Measured], why_not: str = NO_RUN) -> 
         label = _unsaid(claim, best, own[0])
         why += f" The claim does not say so: {_words(*next(iter(label.items())))}." if label else ""
     elif verdict == UNVERIFIABLE:
-        why += f" But the claim is about {' and '.join(unable)}, which cannot be run here."
+        said = f"is about {' and '.join(unable)}, which cannot be"
+        said = said if unable else f"may be about {unsure}, which was not"
+        why += f" But the claim {said} run here."
         why += "" if why_not == NO_RUN else f" {why_not}"
     elif verdict == NOT_REPRODUCED and why_not != NO_RUN:
         why += f" {why_not}"
@@ -182,10 +190,11 @@ def _grim(claim: Claim, measured: Sequence[Measured]) -> dict[str, Any] | None:
     if measured and (not of_kind or any(o.hits is None for o in of_kind)):
         return None
     same = [o for o in of_kind if protocol.may_be_split(claim, o.split)]
-    sizes = {o.n for o in same} | {o.size for o in same if claim.split != o.split}
+    known = {o.size for o in same if claim.split != o.split}
+    sizes = {o.n for o in same} | {size for size in known if size is not None}
     if not measured and claim.metric in (None, *RIGHT_OR_WRONG):
         sizes = protocol.usual_size(claim)
-    if not sizes or claim.rescaled or not 0 <= claim.value <= 1:
+    if not sizes or None in known or claim.rescaled or not 0 <= claim.value <= 1:
         return None
     text = _percentage(claim)
     fits = {n: _hits(text, n) for n in sorted(sizes, reverse=True)}
@@ -292,7 +301,8 @@ def _why(claim: Claim, best: Measured, verdict: str) -> str:
         return f"{said}: the printed number."
     cause = "numerical noise"
     if protocol.is_part(claim, best):
-        cause = f"noise, and sampling: our run saw {best.n:,} of {best.size:,} items"
+        whole = "items, a part" if best.size is None else f"of {best.size:,} items"
+        cause = f"noise, and sampling: our run saw {best.n:,} {whole}"
     reach = f"an honest run may give {_show(claim, low)} to {_show(claim, high)} ({cause})"
     if verdict == CONSISTENT:
         return f"{said}; {reach}, and {claim.printed} is inside."

@@ -181,7 +181,7 @@ def audit(
         str | None, typer.Option(metavar="X", help="Its base, where it has no recipe.")
     ] = None,
     fetch: Annotated[
-        bool, typer.Option("--fetch", help="Download the weights of models and parents, too.")
+        bool, typer.Option("--fetch", help="Download models, parents and claimed benchmarks, too.")
     ] = False,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="WHAT", help="Leave out: weights, scores.")
@@ -207,8 +207,9 @@ def audit(
 
     Collects what is claimed, traces the ancestors and what they are flagged for, merges the recipe
     again and compares the weights, scores again and compares the scores. Writes audit.html (read
-    this) and audit.json. Without --fetch only cards are downloaded. A study is judged by its own
-    results and its claims.yaml. Exit code 0 whatever the verdicts: read them in the file."""
+    this) and audit.json. Without --fetch only cards are downloaded, and for a model that is here
+    benchmarks from PyPI's wheels or pinned in lock.json. A study is judged by its own results and
+    its claims.yaml. Exit code 0 whatever the verdicts: read them in the file."""
     from mergelab.audit import run
     from mergelab.audit.target import read_target
 
