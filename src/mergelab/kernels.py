@@ -150,7 +150,7 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     """a b + c of three numbers of one type, rounded once (IEEE 754 fusedMultiplyAdd).
 
     For kernels alone; a processor that cannot calls the C library, which gives the same bits."""
-    raise NotImplementedError
+    raise TypeError("fma is for kernels: Python rounds twice")
 
 
 def _teach(numba: Any) -> None:
