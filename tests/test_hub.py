@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from mergelab import hub, hub_cards, hub_errors
 from mergelab.errors import UserError
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 TINY = {
     "config.json": b'{"model_type": "llama"}',
@@ -429,24 +429,23 @@ def test_kill_in_the_middle_of_a_download_leaves_nothing_and_the_next_one_comple
 
 
 SNAPSHOT = """
-import sys
 from pathlib import Path
-from mergelab import hub
-from mergelab.errors import UserError
+from mergelab import cli, hub
 from mergelab.hub_errors import explained
-repo, commit, *names = sys.argv[1:]
-try:
+
+@cli.app.command()
+def snapshot(repo: str, commit: str, names: list[str]) -> None:
     with explained(repo, commit):
         hub.snapshot(repo, commit, names, Path("snap"))
-except UserError as error:
-    sys.exit(str(error))
+
+cli.main()
 """
 
 
 def snapshot(home: Path, *words: str) -> subprocess.Popen[str]:
-    """A process that fetches files of a commit: REPO COMMIT NAME..."""
+    """The command line with a verb more, which fetches files of a commit: REPO COMMIT NAME..."""
     environment = {**os.environ, "HF_HOME": str(home)}
-    command = [sys.executable, "-c", SNAPSHOT, *words]
+    command = [sys.executable, "-c", SNAPSHOT, "snapshot", *words]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -465,10 +464,10 @@ def test_ctrl_c_waits_neither_for_a_download_nor_for_a_busy_hub(server, tmp_path
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(10) != 0
+            assert process.wait(10) == 130
         finally:
             process.kill()
-        assert "KeyboardInterrupt" in process.stderr.read()
+        assert process.stderr.read().endswith("stopped\n")
 
 
 def test_a_file_that_cannot_be_had_is_told_before_the_others_have_arrived(server, tmp_path):
@@ -477,7 +476,7 @@ def test_a_file_that_cannot_be_had_is_told_before_the_others_have_arrived(server
     words = ("acme/tiny", commit, "model.safetensors", "tokenizer.json")
     with snapshot(tmp_path, *words) as process:
         try:
-            assert process.wait(20) == 1, "it waited for the stalled file"
+            assert process.wait(20) == 2, "it waited for the stalled file"
         finally:
             process.kill()
         assert "the hub has no file tokenizer.json at this commit" in process.stderr.read()

@@ -32,6 +32,10 @@ class _Counting(loopback_hub._Handler):
         if self.hub.rangeless:
             del self.headers["Range"]
         self.counted = name
+        if self.hub.busy and name.endswith(".safetensors"):
+            self.hub.busy -= 1
+            self._answer(429, {"Retry-After": "0"}, b"")
+            return
         self.hub.tokens.add(self.headers.get("authorization"))
         if self.hub.storage and name.endswith(".safetensors"):
             self._answer(302, {"Location": self.hub.storage + self.path}, b"")
@@ -62,7 +66,8 @@ class _Counting(loopback_hub._Handler):
 class CountingHub(LoopbackHub):
     """`sent`: bytes of bodies by file; `tokens`: what file requests brought as authorization.
 
-    `rangeless`: ranges are ignored; `storage`: where weights are redirected; `sizes`: lies."""
+    `rangeless`: ranges are ignored; `storage`: where weights are redirected; `sizes`: lies; `busy`:
+    how many requests of weights are refused with 429."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +75,7 @@ class CountingHub(LoopbackHub):
         self.sizes: dict[str, int] = {}
         self.tokens: set[str | None] = set()
         self.rangeless = False
+        self.busy = 0
         self.storage = ""
         self._server.RequestHandlerClass = _Counting
 
@@ -245,6 +251,15 @@ def test_a_hub_that_is_down_or_failing_is_named(server):
         f"acme/tiny@{commit}: {server.url} answers with an error (HTTP 503). "
         "Nothing was written; run the command again later."
     )
+
+
+def test_a_hub_that_is_too_busy_for_a_header_is_asked_again(server):
+    commit = server.publish("acme/tiny", llama(Path("whole"), 1))
+    server.busy = 2
+    folder = sketched(f"acme/tiny@{commit}")
+    assert server.busy == 0
+    whole = open_checkpoint(Path("whole"), "m")
+    assert open_checkpoint(folder, "m").tensors.keys() == whole.tensors.keys()
 
 
 def head(header: object, length: int | None = None, body: bytes = b"") -> bytes:

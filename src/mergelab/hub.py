@@ -11,14 +11,12 @@ import os
 import re
 import shutil
 import tempfile
-import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from mergelab import hub_api
 from mergelab.checkpoint import INDEX
@@ -31,6 +29,7 @@ from mergelab.progress import arriving, bar, say
 from mergelab.record import file_sha256, write_json
 from mergelab.study import Study
 
+T = TypeVar("T")
 VERSION = 1
 HUB_ID = re.compile(
     r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([A-Za-z0-9_][\w./+-]*))?\Z", re.A
@@ -390,36 +389,20 @@ def snapshot(
     The client's own snapshot_download would read a list of all files first, however long."""
     fetch = client().hf_hub_download
     place = {"repo_type": kind, "revision": commit, "local_dir": folder}
-    _each(lambda name: patient(lambda: fetch(repo, name, **place)), names)
+    in_parallel(lambda name: patient(lambda: fetch(repo, name, **place)), names)
 
 
-def _each(call: Callable[[str], Any], names: Iterable[str]) -> None:
-    """Do `call` with each name, REQUESTS at a time; the first error is raised when it comes.
+def in_parallel(call: Callable[[T], Any], things: Iterable[T]) -> None:
+    """Do `call` with each thing, REQUESTS at a time; the first error is raised when it comes.
 
-    Neither it nor Ctrl-C waits for what is under way, for those threads are daemons: Python waits
-    for an executor's, which may sleep or read for minutes."""
-    left, ended = deque(names), SimpleQueue[BaseException | None]()
-    count = len(left)
-
-    def work() -> None:
-        with suppress(IndexError):
-            while True:
-                name = left.popleft()
-                try:
-                    call(name)
-                except BaseException as error:
-                    ended.put(error)
-                else:
-                    ended.put(None)
-
-    for _ in range(min(REQUESTS, count)):
-        threading.Thread(target=work, daemon=True).start()
+    Neither it nor Ctrl-C waits for what is under way, which may sleep or read for minutes; the
+    command line ends without waiting for it, too."""
+    pool = ThreadPoolExecutor(REQUESTS)
     try:
-        for _ in range(count):
-            if error := ended.get():
-                raise error
+        for done in as_completed([pool.submit(call, thing) for thing in things]):
+            done.result()
     finally:
-        left.clear()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _differences(folder: Path, files: Iterable[HubFile]) -> list[str]:

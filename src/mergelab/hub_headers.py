@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mergelab.checkpoint import MAX_HEADER, read_header
 from mergelab.errors import UserError
 from mergelab.folders import alone, building
 from mergelab.hub import SOURCE, Pinned
-from mergelab.hub_errors import explained
+from mergelab.hub_errors import explained, patient
 from mergelab.hub_files import COMMIT, HubFile
 from mergelab.record import write_json
 
@@ -101,8 +100,7 @@ def _draw(pinned: Pinned, sketch: Path) -> None:
             if wrong := hub._differences(folder, small):
                 raise UserError(f"{pinned}: {'; '.join(wrong)}. Run the command again.")
             shutil.rmtree(folder / ".cache", ignore_errors=True)
-            with ThreadPoolExecutor(hub.REQUESTS) as pool:
-                list(pool.map(lambda file: _outline(pinned, file, folder), weights))
+            hub.in_parallel(lambda file: _outline(pinned, file, folder), weights)
         total = sum(file.size for file in files)
         note = {"hub": pinned.repo, "commit": pinned.commit, "download": total}
         write_json(folder / MARK, note)
@@ -153,11 +151,15 @@ def _first_bytes(pinned: Pinned, file: HubFile, count: int) -> bytes:
         "Range": f"bytes=0-{count - 1}",
         "Accept-Encoding": "identity",
     }
-    data = bytearray()
-    with get_session().stream("GET", url, headers=headers, timeout=hub_api.PATIENCE) as answer:
-        hub_api.refuse_errors(answer)
-        for piece in answer.iter_raw(FIRST):
-            data += piece
-            if len(data) >= count:
-                break
-    return bytes(data[:count])
+
+    def read() -> bytes:
+        data = bytearray()
+        with get_session().stream("GET", url, headers=headers, timeout=hub_api.PATIENCE) as answer:
+            hub_api.refuse_errors(answer)
+            for piece in answer.iter_raw(FIRST):
+                data += piece
+                if len(data) >= count:
+                    break
+        return bytes(data[:count])
+
+    return bytes(patient(read))

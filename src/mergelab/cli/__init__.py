@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import sys
+import threading
 import traceback
 from typing import Annotated
 
@@ -71,20 +72,22 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 2 the user's mistake, 1 our fault."""
+    """Run the command line: exit code 0 done, 2 the user's mistake, 1 our fault, 130 Ctrl-C."""
     gc.set_threshold(100_000)  # what is imported stays: looking for garbage in it takes long,
     atexit.register(gc.freeze)  # longest at the end
+    code = 0
     try:
         app()
+    except SystemExit as end:  # how typer ends, after Ctrl-C with 130
+        code = int(end.code or 0)
+        if code == 130:
+            console.print("stopped", markup=False)
     except UserError as error:
         console.print(f"error: {error}", style="red", markup=False)
-        sys.exit(2)
+        code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("stopped", markup=False)
-        sys.exit(130)
+        code = 1
     except Exception:
         traceback.print_exc()
         console.print(
@@ -92,4 +95,9 @@ def main() -> None:
             "text above and the command you ran (see CONTRIBUTING.md).",
             markup=False,
         )
-        sys.exit(1)
+        code = 1
+    if code and threading.active_count() > 1:  # one may still download, for minutes: do not wait
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
