@@ -13,7 +13,7 @@ from pathlib import Path
 import merge_speed_floor
 import merge_speed_models as models
 import peer
-from merge_speed_run import Run, measured
+from merge_speed_run import Run, back_memory, measured
 
 WORKERS = 2
 LIMIT = 900.0  # seconds for one run
@@ -86,6 +86,7 @@ class Bench:
 
     def run(self, command: Sequence[object], size: int, **environ: str) -> Run:
         """Run a command that leaves `size` bytes of weights (more or less a header)."""
+        back_memory()
         run = measured(command, self.root / "run.log", environ=environ, limit=LIMIT)
         written = sum(f.stat().st_size for f in (self.root / "out").glob("*.safetensors"))
         if not run.failed and abs(written - size) > 0.01 * size + 100_000:

@@ -18,8 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import peer
 
+MERGE = 5 * 10**9  # bytes of memory and output that the largest merge here takes
 SAMPLE = 0.05  # seconds between two looks at the memory of a process and its children
 
 
@@ -124,6 +126,16 @@ def _read(path: Path) -> None:
     with path.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
             pass
+
+
+def back_memory() -> None:
+    """Touch free memory, as much as a merge takes at most, and give it back.
+
+    The host of a virtual machine may take free pages away; whoever writes next would wait for
+    them."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
+    np.ones(min(MERGE, free * 4 // 5), np.uint8)
 
 
 def cool(files: Iterable[Path]) -> None:
