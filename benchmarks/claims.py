@@ -25,7 +25,7 @@ from claims_cases import RUNS, STUDY, Case
 
 from mergelab.folders import cache_folder
 from mergelab.record import machine, packages
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 PROGRAM = Path(__file__).parent / "claims_cases.py"
 ITEMS, QUICK_ITEMS = 240, 160

@@ -24,7 +24,8 @@ from mergelab.audit.rescore import measured, rescore
 from mergelab.audit.verdicts import judge
 from mergelab.chat import TEMPLATES
 from mergelab.claims.base import Claim
-from mergelab.study import Study, load_study
+from mergelab.study import Study
+from mergelab.study_file import load_study
 
 STUDY = Path(__file__).parent / "claims"
 RUNS = ("float32", "bfloat16", "bfloat16, batch 1")  # batches change nothing in float32

@@ -31,7 +31,8 @@ from mergelab.plan import SHARD_SIZE, make_plan
 from mergelab.recipe import load_recipe
 from mergelab.record import write_json
 from mergelab.steps import Step, Steps
-from mergelab.study import Study, Wheel, load_study
+from mergelab.study import Study, Wheel
+from mergelab.study_file import load_study
 
 TEMPLATES = {"seed": "leaks", "options": "leaks_options"}
 REPHRASED = Path(__file__).parents[1] / "recipes/demo/data/gsm8k_rephrased.jsonl"

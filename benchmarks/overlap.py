@@ -26,7 +26,7 @@ from typing import Any
 from mergelab import datasets
 from mergelab.detectors.overlap import index, is_dirty, longest, one_edit, words
 from mergelab.record import machine
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 STUDY = Path(__file__).parent / "overlap"
 EDITS = 0.05  # of the words: each replaced, dropped, or followed by another

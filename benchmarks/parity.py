@@ -6,9 +6,7 @@ of its own (peer.py). Exit code 1 if a target is missed."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import options
 import parity_models
 import peer
 from parity_cases import CASES, Case
@@ -193,19 +192,12 @@ def entries(tallies: list[Tally]) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     """Parse arguments, run, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller models, one seed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--venv", type=Path, metavar="DIR", default=peer.default_folder(),
-                        help="where the peer's environment is, or will be made")  # fmt: skip
-    arguments = parser.parse_args()
-    python = peer.environment(arguments.venv.absolute())
+    arguments = options.parsed(__doc__, quick="smaller models, one seed")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tallies, facts = run(Path(folder), python, arguments.quick)
-    sys.stdout.write(page(tallies, facts, time.monotonic() - started, arguments.quick))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(list(entries(tallies)), indent=1) + "\n")
+        tallies, facts = run(Path(folder), arguments.python, arguments.quick)
+    text = page(tallies, facts, time.monotonic() - started, arguments.quick)
+    options.report(text, entries(tallies), arguments.json)
     goals = [goal for goal in map(held, tallies) if goal is not None]
     return 0 if all(holds for _, _, holds in goals) else 1
 

@@ -8,7 +8,6 @@ missed. The peer gets an environment of its own (peer.py)."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import options
 import peer
 import yaml
 from parity import machine
@@ -258,26 +258,19 @@ def entries(rows: list[Row], masks: list[Mask]) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     """Parse arguments, run, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="five random recipes, not twenty")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--venv", type=Path, metavar="DIR", default=peer.default_folder(),
-                        help="where the peer's environment is, or will be made")  # fmt: skip
-    arguments = parser.parse_args()
-    python = peer.environment(arguments.venv.absolute())
+    arguments = options.parsed(__doc__, quick="five random recipes, not twenty")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed, family in enumerate(FAMILIES):
             write_models(folder / family, family, seed)
-        with peer.started(python, folder / "peer.log") as mergekit:
+        with peer.started(arguments.python, folder / "peer.log") as mergekit:
             cases = [*fixed_cases(), *random_cases(5 if arguments.quick else 20)]
             rows = [compare(case, folder, mergekit) for case in cases]
             masks = [statistics(case, folder, mergekit) for case in sparse_cases()]
             facts = mergekit.facts
-    sys.stdout.write(page(rows, masks, facts, time.monotonic() - started))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(list(entries(rows, masks)), indent=1) + "\n")
+    text = page(rows, masks, facts, time.monotonic() - started)
+    options.report(text, entries(rows, masks), arguments.json)
     return 0 if all(x.holds for x in (*rows, *masks)) else 1
 
 

@@ -30,7 +30,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--remote-debugging-pipe", "--hide-scrollbars", "--force-color-profile=srgb"),
 )
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def chromium() -> str:

@@ -9,12 +9,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Whatever the terminal and the proxy; read when a module makes its console or its connection.
+os.environ["COLUMNS"] = "80"
+os.environ.pop("FORCE_COLOR", None)
+os.environ["no_proxy"] = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = os.environ["no_proxy"] + ",127.0.0.1,localhost"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from hypothesis import HealthCheck, settings
 from loopback_hub import LoopbackHub
 
 from mergelab import hub_errors
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# The same examples on every machine, however slow.
+slow = [HealthCheck.too_slow]
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=slow)
+settings.load_profile("same")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

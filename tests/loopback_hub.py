@@ -70,6 +70,7 @@ class LoopbackHub:
         self.cuts: dict[str, list[int]] = {}  # bytes after which the connection closes, once each
         self.sizeless: set[str] = set()  # files that come without a Content-Length
         self.pause = 0.0  # seconds before each 64 kB of a file
+        self.gate: threading.Barrier | None = None  # where questions wait for each other
         self.elsewhere: str | None = None  # address of the hub that really serves LFS files
         self.objects: dict[str, bytes] = {}  # uploaded LFS files by sha256
         self.stopped = threading.Event()
@@ -183,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         if "authorization" in self.headers:
             self.hub.authorized.append(f"{self.command} {path}")
+        if self.hub.gate:
+            self.hub.gate.wait()
         if self.hub.status is not None:
             self._refuse(self.hub.status, None)
         elif self.hub.answers:
@@ -382,7 +385,7 @@ class _Handler(BaseHTTPRequestHandler):
                 status, {**headers, "Content-Length": str(len(data))}, data[: len(data) // 2]
             )
             self.wfile.flush()
-            self.hub.stopped.wait(60)
+            self.hub.stopped.wait(300)
             self.close_connection = True
             return
         cuts = self.hub.cuts.get(name, [])

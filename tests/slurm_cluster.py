@@ -77,7 +77,7 @@ def why_not() -> str:
     return ""
 
 
-def wait(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait(condition: Callable[[], object], what: str, seconds: float = 180) -> None:
     """Wait until `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():
@@ -157,7 +157,7 @@ class Slurm:
 
     def call(self, *command: str) -> str:
         """Run a command; its output."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -153,9 +153,26 @@ def test_of_many_verdicts_those_that_hold_are_folded() -> None:
 
 def test_other_scores_of_chats_say_so() -> None:
     data = sample_audit.sample()
-    data["claims"][0]["alternatives"][1]["chat_template"] = True
+    other = data["claims"][0]["alternatives"][1]
+    other["chat_template"] = True
+    assert "<td>0 shots, chat template</td>" in render_audit(data)
+    other["fewshot_as_multiturn"] = False
+    data["claims"][0]["explained_by"] = {"fewshot_as_multiturn": False}
     validate(json.loads(json.dumps(data)))
-    assert '<td class="number">0, chat template</td>' in render_audit(data)
+    page = render_audit(data)
+    assert "<td>0 shots, chat template, all examples in one turn</td>" in page
+    assert "a turn for each example: no" in page
+
+
+def test_what_explains_a_score_is_asked_only_where_one_does_not_hold() -> None:
+    data = sample_audit.sample()
+    held, other = data["claims"][0], data["claims"][1]
+    held |= {"verdict": "reproduced", "explained_by": None}
+    other |= {"verdict": "not reproduced", "explained_by": None, "ours": held["ours"]}
+    data["claims"] = [held]
+    assert "Explained by" not in render_audit(data)
+    data["claims"] = [other]
+    assert "nothing that was tried" in render_audit(data)
 
 
 def test_links_lead_to_the_page_to_records_beside_it_or_to_sources(html: str) -> None:

@@ -188,6 +188,17 @@ def test_tables_of_lm_eval_keep_filter_version_and_metric_and_leave_out_parts():
     assert found[0].task_version == "3"
 
 
+@pytest.mark.parametrize(
+    ("limit", "split"), [("100.0", "[:100]"), ("0.05", "[:5%]"), ("None", None)]
+)
+def test_a_table_of_lm_eval_whose_run_was_limited_is_about_the_first_items(limit, split):
+    told = f"hf (pretrained=org/ours), limit: {limit}, num_fewshot: None, batch_size: 1\n"
+    head = "\n|Tasks|Metric|Value|\n|-|-|-|\n"
+    tables = f"{told}{head}|arc_easy|acc|0.47|\n{head}|piqa|acc|0.61|\n"
+    found = {c.benchmark: c.split for c in read_card(tables, "org/ours").claims}
+    assert found == {"arc_easy": split, "piqa": None}
+
+
 def test_the_cards_own_model_is_found_by_name_or_none_is_taken():
     text = "| Model | MMLU |\n|---|---|\n| Base-7B | 61.0 |\n| {} | 62.5 |\n"
     for label in ("Ours-7B", "org/Ours-7B", "**[Ours-7B](https://x.y/z)** (this model)"):
@@ -305,6 +316,19 @@ def test_an_mmlu_that_lacks_subjects_is_no_claim():
         "results.json: has 56 subjects of MMLU, not 57: no score of MMLU was taken.",
     )
     assert "mmlu" not in {claim.benchmark for claim in found.claims}
+
+
+def test_results_of_a_limited_run_are_about_the_first_items():
+    seen = {"arc_easy": 37, "boolq": 37, "piqa": 30, "odd": "many"}
+    counts = {
+        task: {"original": 30 if task == "piqa" else 99, "effective": n} for task, n in seen.items()
+    }
+    results = {task: {"acc,none": 0.5} for task in (*seen, "mmlu")}
+    top = {"results": results, "n-samples": counts, "config": {"limit": 37.0}}
+    top["configs"] = {"arc_easy": {"test_split": "test"}, "boolq": {"test_split": ["x"]}}
+    found = {c.benchmark: c.split for c in read_results(json.dumps(top), "r.json", "m").claims}
+    expected = {"arc_easy": "test[:37]", "boolq": "[:37]", "piqa": None, "odd": None}
+    assert found == expected | {"mmlu": "[:37]"}
 
 
 def test_results_of_lm_eval_keep_what_they_say_of_the_protocol():

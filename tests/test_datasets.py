@@ -14,7 +14,8 @@ from loopback_hub import LoopbackHub
 
 from mergelab import datasets, wheels
 from mergelab.errors import UserError
-from mergelab.study import Study, Wheel, load_study
+from mergelab.study import Study, Wheel
+from mergelab.study_file import load_study
 
 STUDY = """
 title: Sums

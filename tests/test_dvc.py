@@ -23,7 +23,7 @@ from loopback_hub import LoopbackHub
 from tiny import tiny_model
 
 from mergelab import versions
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "workflow", "profiles", "src/mergelab", "dvc.yaml", ".dvc/config")

@@ -26,7 +26,7 @@ from mergelab.errors import UserError
 from mergelab.methods import METHODS
 from mergelab.recipe import load_recipe
 from mergelab.steps import Steps
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 from mergelab.yamlfile import parse
 
 LINEAR = """\
@@ -227,7 +227,8 @@ def check_inside(folder: Path) -> None:
 
 
 fuzzed = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 odd_numbers = st.one_of(
     st.integers(0, 40),

@@ -37,6 +37,7 @@ TINY = {
     "original/config.json": b"{}",
 }
 KEPT = ["config.json", "model.safetensors", "tokenizer.json"]
+PATIENCE = 100.0  # seconds for a process to start or to end; what it must not wait for takes 300
 
 
 def study_with(**models: str) -> Path:
@@ -415,7 +416,7 @@ def test_kill_in_the_middle_of_a_download_leaves_nothing_and_the_next_one_comple
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(command, env=environment)
     wanted = f"GET /acme/tiny/resolve/{commit}/model.safetensors"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while wanted not in server.requests and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -444,7 +445,7 @@ cli.main()
 
 def snapshot(home: Path, *words: str) -> subprocess.Popen[str]:
     """The command line with a verb more, which fetches files of a commit: REPO COMMIT NAME..."""
-    environment = {**os.environ, "HF_HOME": str(home)}
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
     command = [sys.executable, "-c", SNAPSHOT, "snapshot", *words]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -455,16 +456,16 @@ def test_ctrl_c_waits_neither_for_a_download_nor_for_a_busy_hub(server, tmp_path
     if why == "stalled":
         server.stalled = set(KEPT)
     else:
-        server.answers = [(429, {"Retry-After": "20"})] * 100
+        server.answers = [(429, {"Retry-After": "300"})] * 100
     with snapshot(tmp_path, "acme/tiny", commit, *KEPT) as process:
         wanted = "GET" if why == "stalled" else "HEAD"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while sum(r.startswith(wanted) for r in server.requests) < len(KEPT):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(10) == 130
+            assert process.wait(PATIENCE) == 130
         finally:
             process.kill()
         assert process.stderr.read().endswith("stopped\n")
@@ -476,7 +477,7 @@ def test_a_file_that_cannot_be_had_is_told_before_the_others_have_arrived(server
     words = ("acme/tiny", commit, "model.safetensors", "tokenizer.json")
     with snapshot(tmp_path, *words) as process:
         try:
-            assert process.wait(20) == 2, "it waited for the stalled file"
+            assert process.wait(PATIENCE) == 2, "it waited for the stalled file"
         finally:
             process.kill()
         assert "the hub has no file tokenizer.json at this commit" in process.stderr.read()
@@ -484,7 +485,7 @@ def test_a_file_that_cannot_be_had_is_told_before_the_others_have_arrived(server
 
 def test_several_that_wait_for_a_busy_hub_say_so_once(server, monkeypatch, capsys):
     monkeypatch.setattr(hub_errors, "WAITS", (1.0,))
-    server.status = 503
+    server.status, server.gate = 503, threading.Barrier(4, timeout=PATIENCE)
     with ThreadPoolExecutor(4) as pool:
         several = [pool.submit(hub.listing, "acme/tiny", None) for _ in range(4)]
     assert all("HTTP 503" in str(one.exception()) for one in several)

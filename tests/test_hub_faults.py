@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from mergelab import hub, hub_errors, models
 from mergelab.errors import UserError
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 WEIGHTS = "model.safetensors"
 FILES = {

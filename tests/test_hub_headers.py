@@ -28,6 +28,8 @@ PIECE = 1 << 16
 class _Counting(loopback_hub._Handler):
     """Counts the bytes of file answers; can ignore ranges, redirect, and lie about sizes."""
 
+    counted = ""  # the file whose bytes are sent
+
     def _bytes(self, name: str, data: bytes, headers: dict[str, str]) -> None:
         if self.hub.rangeless:
             del self.headers["Range"]
@@ -47,7 +49,7 @@ class _Counting(loopback_hub._Handler):
         super()._info(repo, revision)
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        if getattr(self, "counted", "") == "listing" and self.hub.sizes:
+        if self.counted == "listing" and self.hub.sizes:
             answer = json.loads(body)
             for entry in answer["siblings"]:
                 entry["size"] = self.hub.sizes.get(entry["rfilename"], entry["size"])
@@ -57,8 +59,8 @@ class _Counting(loopback_hub._Handler):
         try:
             for start in range(0, len(body) if self.command == "GET" else 0, PIECE):
                 piece = body[start : start + PIECE]
-                self.wfile.write(piece)
                 self.hub.sent[self.counted] = self.hub.sent.get(self.counted, 0) + len(piece)
+                self.wfile.write(piece)  # the client may be content before the next line is run
         except ConnectionError:
             self.close_connection = True
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -23,7 +23,8 @@ from mergelab.claims.file import load_claims
 from mergelab.plan import make_plan
 from mergelab.published import compare
 from mergelab.recipe import load_recipe
-from mergelab.study import Study, load_study
+from mergelab.study import Study
+from mergelab.study_file import load_study
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "recipes/meditron"

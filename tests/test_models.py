@@ -13,7 +13,8 @@ from loopback_hub import LoopbackHub
 
 from mergelab import hashes, models
 from mergelab.errors import UserError
-from mergelab.study import Study, load_study
+from mergelab.study import Study
+from mergelab.study_file import load_study
 
 STUDY = """
 title: T

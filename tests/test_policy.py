@@ -15,7 +15,8 @@ from safetensors.numpy import save
 from mergelab import hub, hub_errors, locate, models, policy
 from mergelab.errors import UserError
 from mergelab.steps import Steps
-from mergelab.study import Policy, Study, load_study
+from mergelab.study import Policy, Study
+from mergelab.study_file import load_study
 
 TRINITY = "janai-hq/trinity-v1"
 LEO = "viethq188/LeoScorpius-7B-Chat-DPO"

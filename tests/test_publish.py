@@ -19,7 +19,7 @@ from mergelab.claims.cards import read_card
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
 from mergelab.record import file_sha256, write_json
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 STUDY = """\
 title: t

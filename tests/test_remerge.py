@@ -32,6 +32,7 @@ from mergelab.checkpoint import open_checkpoint
 from mergelab.forensics.peer_blends import fused
 from mergelab.forensics.peer_cuts import BEYOND
 from mergelab.forensics.peer_kernels import KINDS, snap
+from mergelab.forensics.peer_mask_subsets import explain, try_subsets
 from mergelab.forensics.peer_select import select
 from mergelab.forensics.remerge import remerge, show
 from mergelab.plan import make_plan
@@ -461,6 +462,42 @@ def test_another_mask_is_recognised_where_lambda_is_negative(
     result = check(path, out)
     assert result["verdict"] == "other mask", result["why"]
     assert all(t["mask"]["unexplained"] == 0 for t in result["tensors"])
+
+
+@pytest.mark.parametrize("elects", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weights", [(0.2, 0.3, 0.5), (0.7, -0.6, 0.9), (1.0, 1.0, 0.0)], ids=str)
+@pytest.mark.parametrize(("quick", "rounding"), [("<f4", 2.0**-7), ("<f8", 2.0**-21)])
+def test_subsets_explain_at_once_only_what_they_explain_one_by_one(
+    elects: bool, normalize: bool, weights: tuple[float, ...], quick: str, rounding: float
+) -> None:
+    """And nearly all of that, where no weight is negative."""
+    rng, size = np.random.default_rng(3), 4096
+    base = rng.standard_normal(size).astype("<f4")
+    tau = (0.2 * rng.standard_normal((3, size))).astype("<f4")
+    tau[:, ::7] = 0
+    kept = 2 * np.array(weights)[:, None] * tau * (rng.random((3, size)) < 0.5)
+    published = (base + kept.sum(axis=0) * rng.choice([0.8, 1, 1.1], size)).astype("<f4")
+    total = sum(weights) if normalize and not elects else 1.0
+    plan = np.array([elects, normalize, total, -0.8, rounding, 2.0, 1])
+    factors = np.array([2 * np.array(weights), weights, [0.01, 0.02, 0.03]])
+    scratch, parts = np.empty((6, size), quick), np.empty((6, size), quick)
+    try_subsets(base, tau, published, factors, plan, size, scratch, parts)
+    entries = zip(base, tau.T.copy(), published, strict=True)
+    alone = np.array([explain(b, t, p, factors, plan) for b, t, p in entries])
+    at_once = scratch[3] != 0
+    assert alone[at_once].all()
+    assert 0.1 < alone.mean() < 0.95
+    assert min(weights) < 0 or at_once.sum() > 0.95 * alone.sum()
+
+
+def test_another_mask_is_recognised_where_nothing_is_rescaled(models: Path, tmp_path: Path) -> None:
+    path = random_recipe(tmp_path, models, "dare_linear")
+    path.write_text(f"{path.read_text()}parameters: {{rescale: false}}\n")
+    out = merged(path, tmp_path / "out", seed=5)
+    (out / "merge.json").unlink()
+    result = check(path, out)
+    assert result["verdict"] == "other mask", result["why"]
 
 
 @pytest.mark.parametrize("method", RANDOM)

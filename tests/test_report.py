@@ -32,7 +32,8 @@ from mergelab.audit import summary
 from mergelab.errors import UserError
 from mergelab.headlines import decimals, listed, signed, small
 from mergelab.record import write_bytes
-from mergelab.study import Study, load_study
+from mergelab.study import Study
+from mergelab.study_file import load_study
 
 STUDY = """
 title: Does merging help two tiny specialists?

@@ -8,17 +8,20 @@ import shutil
 import pytest
 from tiny import give_template, teach, tiny_model, tiny_study
 
-from mergelab import scores
+from mergelab import score_table, scores, task_data
 from mergelab.audit.averages import compare_claimed, judge_average, rows_of
 from mergelab.audit.judged import compared
 from mergelab.audit.noise import USUAL, measure
-from mergelab.audit.rescore import MOST_RUNS, Readings, measured, rescore
+from mergelab.audit.readings import readings
+from mergelab.audit.rescore import MOST_MORE, MOST_RUNS, Readings, measured, rescore
 from mergelab.audit.target import Target
 from mergelab.audit.verdicts import judge
+from mergelab.audit.ways import confusions
 from mergelab.claims.base import Claim
 from mergelab.claims.file import Comparison
 from mergelab.errors import UserError
 from mergelab.study import Benchmark, Model
+from mergelab.suites import Pin
 
 WORDS = "travels miles in hours a was given aspirin what is its speed".split()  # noqa: SIM905
 ITEMS, SUMS = 160, 40
@@ -146,6 +149,12 @@ def claim(benchmark, value, digits=2, **more):
     )
 
 
+def first_items(study, count):
+    """The study's first benchmark alone, with its first items, and how claims name these."""
+    part = dataclasses.replace(study.suite[0], limit=count)
+    return dataclasses.replace(study, suite=(part,)), f"arc.jsonl[:{count}]"
+
+
 def verdict_of(given, place, study, model="model"):
     """The verdict after as many runs as the claim needs."""
     found = rescore(given.model, place / model, [given], place / "work", study)
@@ -204,36 +213,108 @@ def test_flexible_called_strict_is_named(place, study, truth):
 
 
 @pytest.fixture(scope="module")
-def chat(study, place):
+def part(study):
+    return first_items(study, 48)
+
+
+@pytest.fixture(scope="module")
+def chat(part, place):
     """What the model with a chat template gives with it and without."""
     found = {}
+    study, split = part
     for says in (True, False):
-        given = claim("arc_easy", 100 * 3 / ITEMS, metric="acc", shots=0, chat_template=says)
-        readings = rescore("chat", place / "chat", [given], place / "work", study)["arc_easy"]
-        own = [one for one in readings.measured if (one.metric, one.shots) == ("acc", 0)]
-        found[says] = next(one for one in own if one.chat_template is says)
-        assert len(own) == 2  # nothing explains three hits: both were run
+        odd = claim("arc_easy", 37.55, metric="acc", shots=0, split=split, chat_template=says)
+        readings = rescore("chat", place / "chat", [odd], place / "work", study)["arc_easy"]
+        (found[says],) = (one for one in readings.measured if one.metric == "acc")
+    assert (found[True].chat_template, found[False].chat_template) == (True, False)
     assert abs(found[True].value - found[False].value) > 0.05
     return found
 
 
+def about_chats(chat, part, runs_as, says):
+    """The score with or without the template, and what the claim says of it."""
+    told = {"split": part[1], "chat_template": says, "model": "chat"}
+    return claim("arc_easy", 100 * chat[runs_as].value, metric="acc", shots=0, **told)
+
+
 @pytest.mark.parametrize("says", [True, False])
-def test_a_claim_is_scored_with_the_chat_template_if_it_says_so(place, study, chat, says):
-    true = 100 * chat[says].value
-    given = claim("arc_easy", true, metric="acc", shots=0, chat_template=says, model="chat")
-    readings = rescore("chat", place / "chat", [given], place / "work", study)["arc_easy"]
+def test_a_claim_is_scored_with_the_chat_template_if_it_says_so(place, part, chat, says):
+    given = about_chats(chat, part, says, says)
+    readings = rescore("chat", place / "chat", [given], place / "work", part[0])["arc_easy"]
     assert {one.chat_template for one in readings.measured} == {says}  # the other is not run
     found = judge(given, readings.measured, readings.why_not)
     assert (found.verdict, found.ours["chat_template"]) == ("reproduced", says)
 
 
 @pytest.mark.parametrize("says", [True, False, None])
-def test_a_chat_template_that_the_claim_denies_or_conceals_is_named(place, study, chat, says):
-    true = 100 * chat[not says].value
-    given = claim("arc_easy", true, metric="acc", shots=0, chat_template=says, model="chat")
-    found = verdict_of(given, place, study, "chat")
+def test_a_chat_template_that_the_claim_denies_or_conceals_is_named(place, part, chat, says):
+    given = about_chats(chat, part, not says, says)
+    found = verdict_of(given, place, part[0], "chat")
     assert found.explained_by == {"chat_template": not says}
     assert found.verdict == ("reproduced" if says is None else "not reproduced")
+
+
+LATE = "{{ messages[-1].content }}{{ '\\nBot: ' if messages|length > 1 else '' }}"
+JOINED = (
+    "{% set m = messages[-1].content %}"
+    "{{ m.split('\\n\\n')[-1] ~ '\\nBot: ' if '\\n\\n' in m else m }}"
+)
+
+
+@pytest.fixture(scope="module", params=[LATE, JOINED], ids=["late", "joined"])
+def templated(request, place):
+    """Two models that take a question for a chat only if it has examples: in turns, or in one."""
+    name = {LATE: "late", JOINED: "joined"}[request.param]
+    shutil.copytree(place / "chat", place / name)
+    give_template(place / name, request.param)
+    return name
+
+
+def test_a_chat_with_other_shots_or_in_one_turn_is_found_at_last(place, part, chat, templated):
+    study = part[0]
+    given = dataclasses.replace(about_chats(chat, part, True, False), model=templated)
+    found = verdict_of(given, place, study, templated)
+    turns = {"fewshot_as_multiturn": False} if templated == "joined" else {}
+    assert found.explained_by == {"shots": 5, "chat_template": True} | turns
+    assert found.verdict == "not reproduced"
+    assert ("the chat template, all examples in one turn" in found.why) is bool(turns)
+    assert "values were compared: the more there are, the likelier one fits by chance" in found.why
+    told = dataclasses.replace(given, shots=5, chat_template=True)
+    said = verdict_of(told, place, study, templated)
+    assert (said.verdict, said.explained_by) == ("reproduced", turns or None)
+    assert ("The claim does not say so: all examples in one turn." in said.why) is bool(turns)
+    silent = dataclasses.replace(given, chat_template=None)  # about the template
+    label = verdict_of(silent, place, study, templated).explained_by
+    assert label == {"shots": 5, "chat_template": True} | turns
+
+
+def test_confusions_are_tried_from_the_likeliest_on():
+    bench = Benchmark("sums", "sums", None, None, 5)
+    found = confusions(bench, [bench], has_template=True)
+    assert [(w.num_fewshot, w.chat_template, w.fewshot_as_multiturn) for w in found] == [
+        (0, False, True),
+        (5, True, True),
+        (0, True, True),
+        (5, True, False),
+    ]
+    assert confusions(bench, [bench], has_template=False) == found[:1]
+
+
+def test_the_search_ends_after_so_many_runs_and_says_what_was_not_tried(place, study):
+    fewer, split = first_items(study, 8)
+    claims = [
+        claim("arc_easy", 100, metric="acc", shots=shots, split=split)
+        for shots in range(1, MOST_RUNS + 1)
+    ]
+    found = rescore("chat", place / "chat", claims, place / "work", fewer)["arc_easy"]
+    runs = {(o.shots, o.chat_template, o.fewshot_as_multiturn) for o in found.measured}
+    assert len(runs) == MOST_RUNS + MOST_MORE
+    assert {shots for shots, chat, _ in runs if chat} == {0, 1, 2, 3, 4, 5}
+    left = "; ".join(f"{n} shots, chat template, all examples in one turn" for n in (3, 4, 5))
+    assert found.why_not == f"Not tried, to save time: {left}."
+    verdict = judge(claims[0], found.measured, found.why_not)
+    assert (verdict.verdict, verdict.explained_by) == ("not reproduced", None)
+    assert verdict.why.endswith(found.why_not)
 
 
 def test_what_another_number_of_shots_explains_is_not_run_as_a_chat(place, study, truth):
@@ -244,12 +325,14 @@ def test_what_another_number_of_shots_explains_is_not_run_as_a_chat(place, study
     assert not any(one.chat_template for one in found.measured)
 
 
-def test_a_model_without_a_chat_template_is_said_to_have_none(place, study, truth):
-    given = claim("arc_easy", 12.5, metric="acc", shots=0, chat_template=True)
+def test_a_model_without_a_chat_template_is_said_to_have_none(place, part):
+    study, split = part
+    told = {"metric": "acc", "shots": 0, "split": split}
+    given = claim("arc_easy", 12.5, **told, chat_template=True)
     found = verdict_of(given, place, study)
     assert (found.verdict, found.ours["chat_template"]) == ("unverifiable", False)
     assert "org/model has no chat template." in found.why
-    wrong = verdict_of(claim("arc_easy", 12.5, metric="acc", shots=0), place, study)
+    wrong = verdict_of(claim("arc_easy", 12.5, **told), place, study)
     assert (wrong.verdict, "template" in wrong.why) == ("not reproduced", False)
 
 
@@ -356,16 +439,16 @@ def test_an_ordering_needs_no_published_figures_and_knows_where_less_is_better(s
     assert "less is better" in lower["why"]
 
 
-def test_claims_with_ever_other_shots_are_not_all_run(place, study):
-    claims = [claim("arc_easy", 50, metric="acc", shots=shots) for shots in range(10)]
+def test_claims_with_ever_other_shots_are_not_all_run(place, part):
+    study, split = part
+    claims = [claim("arc_easy", 100, metric="acc", shots=n, split=split) for n in range(10)]
     found = rescore("m", place / "model", claims, place / "work", study)["arc_easy"]
     assert {one.shots for one in found.measured} <= {*range(MOST_RUNS), 5, 25}
     assert judge(claims[-1], found.measured).verdict == "unverifiable"
 
 
 def test_a_part_of_the_items_widens_the_interval(place, study, truth):
-    part = dataclasses.replace(study.suite[0], limit=60)
-    fewer = dataclasses.replace(study, suite=(part,))
+    fewer, _ = first_items(study, 60)
     true = 100 * truth["arc_easy", "acc", None, 0].value
     given = claim("arc_easy", true, digits=0, metric="acc", shots=0, split=None)
     readings = rescore("m", place / "model", [given], place / "work", fewer)["arc_easy"]
@@ -384,8 +467,81 @@ def test_of_a_part_of_a_file_whose_items_are_not_counted_no_number_is_impossible
     fewer = dataclasses.replace(study, suite=(bench,))
     given = claim("arc_easy", 62.3, digits=1, metric="acc", shots=0, split=None)
     found = rescore("m", place / "model", [given], place / "work", fewer)["arc_easy"]
-    assert {(one.n, one.size, one.split) for one in found.measured} == {(60, None, "arc.json[:60]")}
+    assert {(one.n, one.whole, one.split) for one in found.measured} == {
+        (60, None, "arc.json[:60]")
+    }
     assert judge(given, found.measured).verdict != "impossible"
+
+
+def pronoun(i):
+    texts = {"sentence": words(random.Random(i), 6), "pronoun": "she", "label": i % 2}
+    gender = ("female", "male")[i % 4 == 3]
+    return {**texts, "occupation": "the train", "participant": "the patient", "gender": gender}
+
+
+def of_winogender(place, tmp_path, task, limit, *, data=None, pins=()):
+    """The readings of a task of lm-eval that keeps 9 of 12 items, on its own data or a file."""
+    items = [pronoun(i) for i in range(12)]
+    (tmp_path / "gender.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "study.yaml").write_text("title: Gender\n")
+    pin = {"oskarvanderwal/winogender": {"commit": "a" * 40}}
+    (tmp_path / "lock.json").write_text(json.dumps({"datasets": pin}))
+    bench = Benchmark("gender", task, data, limit, 0, pins=pins)
+    study = dataclasses.replace(tiny_study(tmp_path, suite=(bench,)), folder=tmp_path)
+    if data is None:
+        from datasets import Dataset
+
+        (path,) = task_data.source(study, bench, bench.tasks[0]).paths(tmp_path).values()
+        path.parent.mkdir(parents=True)
+        Dataset.from_list(items).to_parquet(str(path))
+    scores.evaluate(study, "m", place / "random", tmp_path)
+    table = score_table.table(tmp_path / "scores/m.parquet")
+    summary = json.loads((tmp_path / "scores/m.json").read_text())
+    return [one for one in readings(study, bench, table, summary, tmp_path) if one.metric == "acc"]
+
+
+@pytest.mark.parametrize(("limit", "size"), [(None, 9), (20, 9), (4, None)])
+def test_the_items_that_a_task_drops_are_never_counted(place, tmp_path, limit, size):
+    (one,) = of_winogender(place, tmp_path, "lm_eval/winogender_female", limit)
+    seen = min(limit or 9, 9)
+    split = "test[:4]" if limit == 4 else "test"
+    assert (one.n, one.size, one.split) == (seen, size, split)
+    odd = judge(claim("gender", 100 * 4 / 7), [one])  # no count of 9, 4 or 12 gives it
+    assert (odd.verdict == "impossible") is (size == 9)
+    assert ("GRIM was not asked" in odd.why) is (limit == 4)
+
+
+@pytest.mark.parametrize(("limit", "size"), [(None, 12), (4, 12)])
+def test_a_task_that_drops_nothing_is_counted_in_its_file(place, tmp_path, limit, size):
+    (one,) = of_winogender(place, tmp_path, "lm_eval/winogender_all", limit)
+    assert (one.n, one.size) == (limit or size, size)
+
+
+def test_a_file_in_the_place_of_a_tasks_data_does_not_tell_how_many_were_published(place, tmp_path):
+    (one,) = of_winogender(place, tmp_path, "lm_eval/winogender_all", None, data="gender.jsonl")
+    assert (one.n, one.size, one.split) == (12, None, "gender.jsonl")
+    published = claim("gender", 100 * 331 / 720)  # of all items that there are
+    assert judge(published, [one]).verdict != "impossible"
+    same = dataclasses.replace(published, split="gender.jsonl")
+    assert judge(same, [one]).verdict == "impossible"
+
+
+def test_several_tasks_are_never_counted_as_one(place, tmp_path):
+    pins = (Pin("lm_eval/winogender_all"), Pin("lm_eval/winogender_female"))
+    found = of_winogender(place, tmp_path, "gender", 10, data="gender.jsonl", pins=pins)
+    assert {(one.combine, one.n, one.size) for one in found} == {
+        ("items", 19, None),
+        ("tasks", 19, None),
+    }
+    assert judge(claim("gender", 100 * 4 / 7), found).grim is None
+
+
+def test_a_metric_of_some_items_only_counts_no_right_answers(place, study, results):
+    table = score_table.table(results / "scores/model.parquet")
+    dropped = table["id"].isin(["a1", "a2"]) & (table["metric"] == "acc_norm")
+    summary = json.loads((results / "scores/model.json").read_text())
+    found = readings(study, study.suite[0], table[~dropped], summary, results)
+    assert {one.metric: one.hits is None for one in found} == {"acc": False, "acc_norm": True}
 
 
 def test_averages_are_judged_as_the_mean_of_their_rows(place, study, truth):

@@ -13,7 +13,7 @@ from mergelab.errors import UserError
 from mergelab.record import write_json
 from mergelab.resources import SNAKEMAKE, Estimates, asked
 from mergelab.steps import Steps
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 COMMIT = "0" * 40
 STUDY = f"""\

@@ -21,7 +21,9 @@ from slurm_cluster import Slurm, processes, running, wait, why_not
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
+HALTING = Path(__file__).with_name("halting")
 pytestmark = pytest.mark.xdist_group("slurm")
+Run = subprocess.Popen[str]
 
 TINY = """\
 title: A tiny study
@@ -94,7 +96,7 @@ class Project:
         for file, text in {"study": study, **recipes}.items():
             (folder / f"{file}.yaml").write_text(text)
 
-    def start(self, *arguments: str, executor: str = "slurm") -> subprocess.Popen[str]:
+    def start(self, *arguments: str, executor: str = "slurm") -> Run:
         """Start Snakemake on the study."""
         command = ["--config", f"study={self.name}", *arguments]
         if executor == "slurm":
@@ -103,7 +105,7 @@ class Project:
         return subprocess.Popen(
             [sys.executable, "-c", SNAKEMAKE, *command],
             cwd=self.place,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HALTING)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -139,7 +141,7 @@ class Project:
         return found
 
 
-def finished(process: subprocess.Popen[str], code: int = 0) -> str:
+def finished(process: Run, code: int = 0) -> str:
     """Wait for Snakemake; what it said."""
     try:
         text, _ = process.communicate(timeout=1800)
@@ -252,15 +254,22 @@ def test_the_demo_study_gives_the_same_bytes_on_slurm(slurm: Slurm, tmp_path: Pa
     assert {job["JobState"] for job in jobs} == {"COMPLETED"}
 
 
-def halted(project: Project, journal: str = "1-of-1") -> int:
-    """Halt a merge in its middle: the process, stopped after it has written some tensors."""
-    notes = f"merged/.ties.merge-*.partial/journal-{journal}.jsonl"
-    wait(lambda: any(p.stat().st_size for p in project.results.glob(notes)), "a merge at work", 400)
-    wanted = "" if journal == "1-of-1" else f"--part {journal.replace('-of-', '/')}"
-    (pid,) = (pid for pid, text in project.workers() if wanted in text)
-    os.kill(pid, signal.SIGSTOP)
-    assert not (project.results / "merged/ties").exists(), "it was too fast"
-    return pid
+def halt(project: Project, journal: str = "1-of-1", megabytes: int = 0) -> None:
+    """Have the next merge stop itself in its middle, with so much more memory taken."""
+    (project.place / "halt").write_text(f"journal-{journal}.jsonl {megabytes}")
+
+
+def halted(project: Project, journal: str = "1-of-1", executor: str = "slurm") -> tuple[Run, int]:
+    """Snakemake, and the process of a merge that is halted in its middle."""
+    halt(project, journal)
+    process = project.start("--until", "merge", executor=executor)
+    wait(lambda: [*project.place.glob("halted-*")], "a merge at work", 400)
+    (found,) = project.place.glob("halted-*")
+    pid = int(found.name.partition("-")[2])
+    stat = Path(f"/proc/{pid}/stat")
+    wait(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the merge to halt")
+    assert not (project.results / "merged/ties").exists()
+    return process, pid
 
 
 @pytest.fixture(scope="session")
@@ -275,11 +284,13 @@ def test_a_job_killed_for_memory_is_tried_again_with_more(
     slurm: Slurm, weights: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     project = merging(tmp_path / "project", weights)
-    said = project.run("--until", "merge", "--set-resources", "merge:mem_mb=attempt*260")
+    halt(project, megabytes=1000)  # and Slurm, which looks every second, finds it
+    said = project.run("--until", "merge")
+    assert [*project.place.glob("halted-*")]
     first, second = project.jobs(slurm)
     assert (first["JobState"], second["JobState"]) == ("FAILED", "COMPLETED"), said
-    assert "mem=260M" in first["TRES"]
-    assert "mem=520M" in second["TRES"]
+    assert memory(first) < 1000
+    assert memory(second) == 2 * memory(first)
     assert project.hashes("ties") == expected
 
 
@@ -287,8 +298,7 @@ def test_a_job_out_of_time_is_tried_again_with_twice_the_time_and_goes_on_where_
     slurm: Slurm, weights: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     project = merging(tmp_path / "project", weights)
-    process = project.start("--until", "merge")
-    halted(project)
+    process, _ = halted(project)
     (job,) = project.jobs(slurm)
     slurm.call("scontrol", "update", f"jobid={job['JobId']}", "timelimit=00:00:01")
     finished(process)
@@ -303,8 +313,7 @@ def test_a_lost_node_costs_its_part_only(
     slurm: Slurm, weights: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     project = merging(tmp_path / "project", weights, part_gb=0.06)
-    process = project.start("--until", "merge")
-    pid = halted(project, "2-of-3")
+    process, pid = halted(project, "2-of-3")
     environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     node = dict(line.partition("=")[::2] for line in environment)["SLURMD_NODENAME"]
     slurm.kill_node(node)
@@ -323,8 +332,7 @@ def test_a_restart_of_the_controller_is_not_noticed(
     slurm: Slurm, weights: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     project = merging(tmp_path / "project", weights)
-    process = project.start("--until", "merge")
-    pid = halted(project)
+    process, pid = halted(project)
     slurm.kill("slurmctld")
     time.sleep(5)  # long enough for Snakemake to ask in vain
     slurm.start_controller()
@@ -339,8 +347,7 @@ def test_two_runs_at_once_and_a_killed_one_leave_one_writer(
     slurm: Slurm, weights: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     project = merging(tmp_path / "project", weights)
-    process = project.start("--until", "merge")
-    pid = halted(project)
+    process, pid = halted(project)
     other = finished(project.start("--until", "merge"), code=1)
     assert "make sure that no other Snakemake process is" in other.replace("\n", " ")
     process.kill()  # snakemake dies, its job goes on
@@ -366,8 +373,7 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_goes_on(
 ) -> None:
     cluster = request.getfixturevalue("slurm") if executor == "slurm" else None
     project = merging(tmp_path / "project", weights)
-    process = project.start("--until", "merge", executor=executor)
-    pid = halted(project)
+    process, pid = halted(project, executor=executor)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     if executor == "local":
         os.kill(pid, signal.SIGCONT)

@@ -17,7 +17,7 @@ from mergelab.errors import UserError
 from mergelab.locate import folders
 from mergelab.plan import SHARD_SIZE, make_plan
 from mergelab.recipe import load_recipe
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 FIRST = {"a": 0.6, "b": 0.5, "c": 0.4, "d": 0.7}
 AVERAGES = {"da": 0.75, "dab": 0.8, "dabc": 0.79}

@@ -15,7 +15,7 @@ from mergelab.errors import UserError
 from mergelab.locate import folders
 from mergelab.recipe import load_recipe
 from mergelab.steps import Steps
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 Q = "model.layers.0.self_attn.q_proj"
 LINEAR = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: 1}}]\n"

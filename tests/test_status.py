@@ -14,7 +14,7 @@ from conftest import Run
 from mergelab.folders import alone
 from mergelab.status import rows
 from mergelab.steps import Steps
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 STUDY = "title: t\nmodels:\n  base: {path: ../../base}\n  a: {path: ../../a}\n"
 LINEAR = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: %s}}]\n"
@@ -134,7 +134,7 @@ def test_a_step_runs_while_a_process_is_in_it_and_the_next_one_waits(
         assert second.stderr is not None
         assert "another process works on fetch-a" in second.stderr.readline()
         path.write_text("{}")
-    assert "done by that process" in second.communicate(timeout=60)[1]
+    assert "done by that process" in second.communicate(timeout=120)[1]
     assert second.returncode == 0
     assert path.read_text() == "{}"
     assert states(folder)["fetch a"][0] == "done"

@@ -12,7 +12,7 @@ from loopback_hub import LoopbackHub
 
 from mergelab.errors import UserError
 from mergelab.steps import Steps
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 STUDY = """\
 title: t

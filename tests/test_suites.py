@@ -17,7 +17,8 @@ from mergelab import hub as hub_client
 from mergelab import score_table, scores, suites, task_data, task_files
 from mergelab.errors import UserError
 from mergelab.steps import Steps
-from mergelab.study import Benchmark, load_study
+from mergelab.study import Benchmark
+from mergelab.study_file import load_study
 
 NAMES = ("eq_bench", "medical", "meditron", "nous", "open_llm_v1", "open_llm_v2")
 

@@ -15,7 +15,8 @@ import pytest
 
 from mergelab import datasets, training
 from mergelab.errors import UserError
-from mergelab.study import Study, load_study
+from mergelab.study import Study
+from mergelab.study_file import load_study
 
 STUDY = """
 title: Sums
@@ -221,7 +222,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from mergelab import training
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 results = Path(sys.argv[2])
 training.train(load_study(Path(sys.argv[1])), "base", results / "models/base", results)
 """

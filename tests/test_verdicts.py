@@ -27,7 +27,13 @@ def measured(hits, metric="acc", n=N, **more):
     """A value with a noise of 0.2 points in bfloat16, and none in float32."""
     facts = {
         **{"benchmark": "arc_challenge", "task": "arc_challenge", "filter": None, "shots": 25},
-        **{"size": n, "split": "test", "task_version": "1.0", "dtype": "bfloat16"},
+        **{
+            "size": n,
+            "whole": more.get("size", n),
+            "split": "test",
+            "task_version": "1.0",
+            "dtype": "bfloat16",
+        },
         "lm_eval": "0.4.13",
         **more,
     }
@@ -151,9 +157,37 @@ def test_grim_does_not_accuse_where_the_number_of_all_items_is_not_known():
     part = measured(31, n=50, size=None, split="mine.csv[:50]")
     found = judge(claim("62.3"), [part])
     assert (found.verdict, found.grim) == ("consistent", None)
-    assert "our run saw 50 items, a part" in found.why
+    assert "our run saw 50 items, perhaps not all" in found.why
+    assert "GRIM was not asked: how many items the claim counts is not known." in found.why
     of_part = judge(claim("62.3", split="mine.csv[:50]"), [part])
     assert (of_part.verdict, of_part.grim["n"]) == ("impossible", 50)
+
+
+def test_grim_counts_the_items_of_the_claim_or_those_that_we_saw_or_the_usual_ones():
+    part = measured(20, n=40, split="test[:40]")
+    assert judge(claim("46.76"), [part]).grim == {"n": N, "fits": [548], "possible": True}
+    assert judge(claim("47.50"), [part]).grim["possible"]  # 19 of 40
+    assert judge(claim("47.50", split="test[:40]"), [part]).grim["fits"] == [19]
+    assert judge(claim("46.76", split="test[:40]"), [part]).verdict == "impossible"
+    grown = measured(550, n=1180, size=1180)  # the published number is of the usual items
+    assert judge(claim("46.84"), [grown]).grim == {"n": N, "fits": [549], "possible": True}
+    own = measured(20, n=40, size=40, split="mine/fresh[:40]")
+    assert judge(claim("46.00", split="mine/fresh"), [replace(own, whole=50)]).grim["n"] == 50
+    assert judge(claim("46.00", split="mine/fresh"), [replace(own, whole=None)]).grim is None
+
+
+def test_grim_is_not_asked_of_several_tasks_however_they_are_summed_up():
+    pooled = measured(548, combine="items")
+    mean = replace(measured(550), hits=None, combine="tasks")
+    for runs in ([pooled, mean], [mean, pooled]):
+        found = judge(claim("46.79", "mmlu"), runs)
+        assert (found.grim, found.verdict) == (None, "consistent")
+
+
+def test_grim_is_asked_of_the_claimed_metric_only():
+    shares = replace(measured(400, "mc2"), hits=None)
+    assert judge(claim("46.79", metric="acc"), [measured(548), shares]).verdict == "impossible"
+    assert judge(claim("46.79"), [measured(548), shares]).grim is None
 
 
 def test_what_is_not_stated_may_be_any_and_is_listed():
@@ -188,6 +222,8 @@ def test_rescaled_scores_are_compared_rescaled():
         ({"chat_template": True}, "the chat template"),
         ({"dtype": "4bit"}, "4bit weights"),
         ({"split": "validation"}, "the split validation (here: test)"),
+        ({"split": "test[:37]"}, "the split test[:37] (here: test)"),
+        ({"split": "[:37]"}, "the split [:37] (here: test)"),
     ],
 )
 def test_a_gap_is_no_accusation_where_the_protocol_cannot_be_run(more, words):

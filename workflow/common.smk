@@ -13,7 +13,7 @@ from mergelab.errors import UserError, nearest
 from mergelab.resources import Estimates, asked
 from mergelab.status import rows
 from mergelab.steps import Steps
-from mergelab.study import load_study
+from mergelab.study_file import load_study
 
 if unknown := set(config) - {"study", "cluster"}:
     raise WorkflowError(f"--config takes study=NAME, not {', '.join(sorted(unknown))}.")

@@ -11,7 +11,8 @@ from mergelab.adapters import split_name
 from mergelab.errors import Problems, UserError, nearest
 from mergelab.recipe import load_recipe
 from mergelab.structure import Recipe
-from mergelab.study import Study, load_study
+from mergelab.study import Study
+from mergelab.study_file import load_study
 
 PREFIX = "recipe:"
 SUFFIX = ".safetensors"

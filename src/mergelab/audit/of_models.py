@@ -56,7 +56,7 @@ def of_models(target: Target, out: Path, options: Options) -> dict[str, Any]:
             folders[subject.name] = folder
         if "weights" not in options.skip:
             say(f"weights: {subject.name}")
-            weights.append(weigh(subject, traced, store, options.workers))
+            weights.append(weigh(subject, folder, traced, store, options.workers))
     told: dict[str, dict[str, Readings]] = {}
     for name in dict.fromkeys(claim.model for claim in claims):
         own = [claim for claim in claims if claim.model == name]

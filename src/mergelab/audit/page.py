@@ -9,6 +9,7 @@ from urllib.parse import quote, urlsplit
 
 from mergelab import page
 from mergelab.audit import layers, pictures, summary
+from mergelab.audit.protocol import prompts
 from mergelab.headlines import decimals, signed
 
 Audit = Mapping[str, Any]
@@ -87,17 +88,26 @@ def _claim(claim: Audit) -> dict[str, Any]:
         shown["ours_interval"] = f"{low:.{digits}f} to {high:.{digits}f}" if low < high else ""
         shown["difference_shown"] = signed(scale * (claim["value"] - ours["value"]), digits)
     shown["others"] = [
-        {**other, "shown": _number(claim, other["value"])} for other in claim["alternatives"]
+        {**other, "shown": _number(claim, other["value"]), "prompt": _prompt(other)}
+        for other in claim["alternatives"]
     ]
-    explained = (claim["explained_by"] or {}).items()
-    shown["explained"] = [f"{name.replace('_', ' ')}: {plain(value)}" for name, value in explained]
+    shown["explained"] = [
+        f"{EXPLAINED.get(name, name.replace('_', ' '))}: {plain(value)}"
+        for name, value in (claim["explained_by"] or {}).items()
+    ]
     return {**claim, **shown}
+
+
+def _prompt(other: Audit) -> str:
+    chat = bool(other.get("chat_template"))
+    return prompts(other["shots"], chat, other.get("fewshot_as_multiturn"))
 
 
 def _number(claim: Audit, value: float) -> str:
     return f"{100 * value:.2f} %" if claim["percent"] else f"{value:.4g}"
 
 
+EXPLAINED = {"fewshot_as_multiturn": "a turn for each example"}
 SETTINGS = {
     **{"metric": "metric", "filter": "filter", "shots": "shots", "n": "items", "task": "task"},
     **{"task_version": "task version", "dtype": "dtype", "chat_template": "chat template"},

@@ -15,6 +15,7 @@ from mergelab.statistics import Z95
 
 EXACT = 1e-9  # values closer than this are the same number
 MATCHED = ("metric", "filter", "shots", "chat_template")  # what a claim may say, and we may vary
+ONE_TURN = "all examples in one turn"
 SPLITS = ("train", "dev", "validation", "test")
 DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 # Items of test sets that are answered right or wrong, as lm-eval scores them: GRIM needs no run.
@@ -48,13 +49,15 @@ VALIDATION = ("boolq", "hellaswag", "medmcqa", "piqa", "truthfulqa_mc1", "winogr
 class Measured:
     """One value that a run of ours gave: of one benchmark, metric, filter and number of shots.
 
-    `size` counts the items of the whole split (None: not known), of which the run saw `n`; `split`
-    names them ("test", "test[:150]", or DATASET/PART). `error`: standard error of sampling items;
-    `spread` by dtype: the standard deviation between this run and an honest one in that dtype.
-    `hits`: items answered right, None unless each is right or wrong and all count alike.
-    `rescaled`: the value moved so that guessing is 0, where a leaderboard says what guessing is,
-    and `stretch` what that multiplies differences by. `higher_is_better`: as the task says of its
-    main metric, of others by their names."""
+    `size` counts the items that claims are about which name no split (None: not known), `whole`
+    those of the split or file that the run is of; it saw `n`, those of `split` ("test",
+    "test[:150]", or DATASET/PART). `error`: standard error of sampling items; `spread` by dtype:
+    the standard deviation between this run and an honest one in that dtype. `hits`: items answered
+    right, None unless each is right or wrong and all count alike. `rescaled`: the value moved so
+    that guessing is 0, where a leaderboard says what guessing is, and `stretch` what that
+    multiplies differences by. `higher_is_better`: as the task says of its main metric, of others by
+    their names. `fewshot_as_multiturn`: is each example of a chat a turn of its own? None where
+    there are none."""
 
     benchmark: str
     task: str
@@ -64,6 +67,7 @@ class Measured:
     value: float
     n: int
     size: int | None
+    whole: int | None
     split: str
     error: float
     spread: Mapping[str, float]
@@ -72,6 +76,7 @@ class Measured:
     dtype: str
     lm_eval: str
     chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
     combine: str | None = None
     rescaled: float | None = None
     stretch: float = 1.0
@@ -108,7 +113,7 @@ def obstacles(claim: Claim, one: Measured) -> list[str]:
         found.append("the chat template")
     if claim.dtype is not None and dtype_of(claim.dtype) is None:
         found.append(f"{claim.dtype} weights")
-    if _other_split(claim, one):
+    if _other_split(claim, one) or _part_of(claim.split, one.split):
         found.append(f"the split {claim.split} (here: {one.split})")
     return found
 
@@ -120,6 +125,13 @@ def untried(claim: Claim, one: Measured, measured: Sequence[Measured], chats_fai
     if claim.chat_template is not None or not alike:
         return ""
     return "a plain prompt" if one.chat_template else "the chat template" if chats_failed else ""
+
+
+def prompts(shots: int, chat_template: bool, fewshot_as_multiturn: bool | None) -> str:
+    """How a run asks, in a few words."""
+    said = f"{shots} shot{'' if shots == 1 else 's'}"
+    said += ", chat template" if chat_template else ""
+    return f"{said}, {ONE_TURN}" if fewshot_as_multiturn is False else said
 
 
 def differences(claim: Claim, one: Measured) -> list[dict[str, Any]]:
@@ -188,6 +200,16 @@ def usual_size(claim: Claim) -> set[int]:
     return {SIZES[claim.benchmark]} if known else set()
 
 
+def counts(claim: Claim, one: Measured) -> set[int] | None:
+    """How many items the claim may be about, by a run of ours; None if that is not known."""
+    if claim.split == one.split:
+        return {one.n}
+    found = {one.n, one.whole, *usual_size(claim)}
+    found |= {one.size} if claim.split in (None, *SPLITS) else set()
+    known = {size for size in found if size is not None}
+    return known if known == found else None
+
+
 def may_be_split(claim: Claim, split: str) -> bool:
     """Is the claim about this split, as far as it says?"""
     return claim.split in (None, split, split.partition("[")[0])
@@ -198,6 +220,12 @@ def _same_version(one: str, other: str) -> bool:
         return float(one) == float(other)
     except ValueError:
         return one == other
+
+
+def _part_of(said: str | None, ours: str) -> bool:
+    """Is a claim about some of the items that we saw ("test[:100]" of "test")?"""
+    whole, part, _ = (said or "").partition("[")
+    return bool(part) and said != ours and whole in ("", ours.partition("[")[0])
 
 
 def _other_split(claim: Claim, one: Measured) -> bool:

@@ -41,11 +41,15 @@ def readings(
     if not len(own) or entry is None:
         return []
     main = str(entry["metric"]).partition(",")
+    chat, shots = bool(entry.get("chat_template", False)), int(entry["num_fewshot"])
     facts = {
         "benchmark": bench.name,
         "task": bench.task.removeprefix(task_files.PREFIX),
-        "shots": int(entry["num_fewshot"]),
-        "chat_template": bool(entry.get("chat_template", False)),
+        "shots": shots,
+        "chat_template": chat,
+        "fewshot_as_multiturn": bool(entry.get("fewshot_as_multiturn", True))
+        if chat and shots
+        else None,
         "task_version": str(entry["task_version"]),
         "dtype": str(summary["dtype"]),
         "lm_eval": str(summary["lm_eval"]),
@@ -81,7 +85,8 @@ def _measured(
         rescaled = float(aggregates.score(moved.parts)["value"])
         stretch = sum(1 / (1 - (chance or 0.0)) for chance in chances) / len(chances)
     only = counted.parts[0]
-    right = len(counted.parts) == 1 and only.right_or_wrong
+    every = len(rows) == facts["n"]  # a metric may be asked of some items only
+    right = every and len(counted.parts) == 1 and only.right_or_wrong
     return Measured(
         **{key: value for key, value in facts.items() if key != "main"},
         higher_is_better=higher if metric == main else LOWER.search(metric) is None,
@@ -115,24 +120,31 @@ def _floats(rows: Table, column: str) -> Floats:
 
 
 def _extent(study: Study, bench: Benchmark, results: Path, n: int) -> dict[str, Any]:
-    """`size`, the items of the whole split, and the name of what was seen of it, `split`."""
-    size: int | None = max(n, SIZES.get(bench.task.removeprefix(task_files.PREFIX), 0))
-    if bench.data is not None:
-        split = bench.data
-    else:
-        split = task_data.splits(task_files.find(study, bench, bench.tasks[0]).plain(), bench)[0]
+    """How many items a run saw, of how many, and which: see Measured.
+
+    A file in the place of lm-eval's own data may hold others, or fewer, than what is published."""
+    file = task_files.find(study, bench, bench.tasks[0])
+    split = bench.data or task_data.splits(file.plain(), bench)[0]
+    usual = SIZES.get(bench.task.removeprefix(task_files.PREFIX))
+    whole: int | None = n
     if bench.limit is not None and n >= bench.limit:
-        size = _rows(study, bench, split, results)
-        split += f"[:{bench.limit}]" if size is None or n < size else ""
-    return {"n": n, "size": size, "split": split}
+        whole = _rows(study, bench, split, results)
+        split += f"[:{bench.limit}]" if whole is None or n < whole else ""
+        whole = usual if whole is None and bench.data is None else whole
+    replaced = bench.data is not None and file.trusted
+    size = usual or (None if replaced else whole)
+    return {"n": n, "size": size, "whole": whole, "split": split}
 
 
 def _rows(study: Study, bench: Benchmark, split: str, results: Path) -> int | None:
-    """Items of the file; None if it has gone since, of several tasks, and of other formats."""
+    """Items of the file; None if it has gone since, of several tasks, of other formats, and where
+    the task itself drops items, as that code is not run here."""
     if len(bench.tasks) > 1:
         return None
     try:
         one = task_build.work(study, bench, bench.tasks[0], results)
+        if one.config.get("process_docs") is not None:
+            return None
         return _count(one.files["test" if bench.data else split])
     except (UserError, OSError, KeyError):
         return None

@@ -1,14 +1,14 @@
 """Scores to judge claims by: read from a study's results, or run as the claims say.
 
-What does not fit is run again with other usual numbers of shots, and if none of them explains it,
-with the chat template (or without). Every metric and filter comes from the one run, and answers are
-kept, so that asking again costs nothing."""
+What does not fit is run again in other usual ways (see ways.confusions), one after the other until
+one of them explains it. Every metric and filter comes from the one run, and answers are kept, so
+that asking again costs nothing."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,22 +24,20 @@ from mergelab import (
     scores,
     suites,
     task_data,
-    task_files,
 )
-from mergelab.audit import noise
+from mergelab.audit import noise, ways
 from mergelab.audit.averages import AVERAGE
-from mergelab.audit.protocol import Measured
+from mergelab.audit.protocol import Measured, prompts
 from mergelab.audit.readings import readings
 from mergelab.audit.verdicts import CONSISTENT, IMPOSSIBLE, NO_RUN, REPRODUCED, judge
 from mergelab.claims.base import Claim
-from mergelab.errors import UserError, nearest
+from mergelab.errors import UserError
 from mergelab.record import digest
 from mergelab.study import Study, is_file
 from mergelab.suites import Benchmark
 
-USUAL_SHOTS = (0, 5)  # beside those of the leaderboards' suites
-MOST_RUNS = 4  # numbers of shots that the claims about one benchmark may ask for
-BOARDS = ("open_llm_v1", "open_llm_v2", "nous", "medical", "meditron", "eq_bench")
+MOST_RUNS = 4  # protocols that the claims about one benchmark may ask for
+MOST_MORE = 10  # runs beside these, in search of the protocol that explains what does not fit
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def measured(study: Study, results: Path, model: str, benchmark: str) -> tuple[M
     Nothing is run. Raises UserError if a file of scores is damaged."""
     place = results / "scores"
     path = place / f"{model}.parquet"
-    benches = [bench for bench in study.suite if benchmark in _names(bench)]
+    benches = [bench for bench in study.suite if benchmark in ways.names(bench)]
     if model not in study.variants or not benches or not path.is_file():
         return ()
     table, summary = score_table.table(path), _summary(place / f"{model}.json")
@@ -108,40 +106,44 @@ def measured(study: Study, results: Path, model: str, benchmark: str) -> tuple[M
 
 
 def _rescore(job: _Job, claims: Sequence[Claim]) -> Readings:
-    """One benchmark: as claimed, then, while a claim does not fit, with other shots, and at last
-    with the model's chat template instead of without, or the other way round."""
+    """One benchmark: as claimed, then, while a claim does not fit, in other usual ways."""
     try:
-        bench = _benchmark(claims[0].benchmark, job.study, job.limit)
+        bench = ways.benchmark(claims[0].benchmark, job.study, job.limit)
     except UserError as error:
         return Readings(why_not=str(error))
-    asked = list(dict.fromkeys(_as_claimed(bench, claim, job) for claim in claims))
-    ways = [replace(one, num_fewshot=shots) for one in asked for shots in _usual_shots(bench)]
-    turned = [replace(one, chat_template=not one.chat_template) for one in asked[:MOST_RUNS]]
-    ways += turned if job.has_template else []
-    others = [way for way in dict.fromkeys(ways) if way not in asked]
+    every = (ways.as_claimed(bench, claim, job.has_template) for claim in claims)
+    asked = list(dict.fromkeys(every))
+    others = ways.confusions(bench, asked, job.has_template)
+    asked = asked[:MOST_RUNS]
+    found, failed = _search(job, claims, asked, others[:MOST_MORE])
+    why_not = [_failures(claims[0].benchmark, failed)] if failed else []
+    if found and not job.has_template and any(claim.chat_template for claim in claims):
+        why_not.append(f"{job.model} has no chat template.")
+    left = others[MOST_MORE:]
+    if found and left and not _settled(claims, found):
+        why_not.append(f"Not tried, to save time: {'; '.join(map(_said, left))}.")
+    shots = {one.num_fewshot for one in asked}
+    chats_failed = any(way.chat_template and way.num_fewshot in shots for way, _ in failed)
+    return Readings(found, " ".join(why_not) or NO_RUN, chats_failed)
+
+
+def _search(
+    job: _Job, claims: Sequence[Claim], asked: Sequence[Benchmark], others: Sequence[Benchmark]
+) -> tuple[tuple[Measured, ...], list[tuple[Benchmark, str]]]:
+    """What came out of all that is asked, and of others until every claim is settled; and what
+    could not be run, with the reason."""
     found: tuple[Measured, ...] = ()
-    failed: dict[tuple[str, bool], list[int]] = {}
-    for way in (*asked[:MOST_RUNS], *others):
-        if way in others and all(_settled(claim, found) for claim in claims):
+    failed: list[tuple[Benchmark, str]] = []
+    for way in (*asked, *others):
+        if way in others and _settled(claims, found):
             break
-        if way in others and way in turned and not found:
+        if not found and all(way.chat_template != one.chat_template for one in asked):
             break  # what cannot be run plain cannot be run as chats
         try:
             found += _run(job, way)
         except UserError as error:
-            failed.setdefault((str(error), way.chat_template), []).append(way.num_fewshot)
-    why_not = [_failures(claims[0].benchmark, failed)] if failed else []
-    if found and not job.has_template and any(claim.chat_template for claim in claims):
-        why_not.append(f"{job.model} has no chat template.")
-    chats_failed = any(chat for _, chat in failed)
-    return Readings(found, " ".join(why_not) or NO_RUN, chats_failed)
-
-
-def _as_claimed(bench: Benchmark, claim: Claim, job: _Job) -> Benchmark:
-    """The benchmark with the shots and the chat template of a claim, where it says them."""
-    shots = bench.num_fewshot if claim.shots is None else claim.shots
-    chat = bench.chat_template if claim.chat_template is None else claim.chat_template
-    return replace(bench, num_fewshot=shots, chat_template=chat and job.has_template)
+            failed.append((way, str(error)))
+    return found, failed
 
 
 def _has_template(folder: Path) -> bool:
@@ -151,24 +153,34 @@ def _has_template(folder: Path) -> bool:
     return False
 
 
-def _settled(claim: Claim, found: Sequence[Measured]) -> bool:
-    verdict = judge(claim, found)
+def _settled(claims: Sequence[Claim], found: Sequence[Measured]) -> bool:
+    """Does every claim fit what was measured, or is it explained?"""
     settled = (REPRODUCED, CONSISTENT, IMPOSSIBLE)
-    return verdict.verdict in settled or verdict.explained_by is not None
+    verdicts = (judge(claim, found) for claim in claims)
+    return all(one.verdict in settled or one.explained_by is not None for one in verdicts)
 
 
-def _failures(benchmark: str, failed: dict[tuple[str, bool], list[int]]) -> str:
+def _failures(benchmark: str, failed: Sequence[tuple[Benchmark, str]]) -> str:
+    """What could not be run, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for way, why in failed:
+        reasons.setdefault(why, []).append(_said(way))
     said = [
-        f"{benchmark} could not be run with {' or '.join(map(str, shots))} shots"
-        f"{' and the chat template' if chat else ''}: {why}"
-        for (why, chat), shots in failed.items()
+        f"{benchmark} could not be run with {' or with '.join(each)}: {why.rstrip('.')}."
+        for why, each in reasons.items()
     ]
     return " ".join(said)
+
+
+def _said(way: Benchmark) -> str:
+    turns = way.fewshot_as_multiturn if way.chat_template and way.num_fewshot else None
+    return prompts(way.num_fewshot, way.chat_template, turns)
 
 
 def _run(job: _Job, bench: Benchmark) -> tuple[Measured, ...]:
     """Evaluate one benchmark and read what it gave. Raises UserError if it cannot be run."""
     chat = ".chat" if bench.chat_template else ""
+    chat += ".turn" if bench.chat_template and not bench.fewshot_as_multiturn else ""
     variant = f"{_slug(job.model)}.{_slug(bench.name)}.{bench.num_fewshot}{chat}"
     derived = _with_data(job, bench)
     try:
@@ -224,45 +236,6 @@ def _prepared(job: _Job, bench: Benchmark) -> Study:
         name = bench.data.partition("/")[0]
         datasets.prepare(replace(study, datasets={name: study.datasets[name]}), job.work / "data")
     return study
-
-
-def _benchmark(name: str, study: Study | None, limit: int | None) -> Benchmark:
-    """How a claimed benchmark is run: as the study does, as a leaderboard does, or as lm-eval.
-
-    Raises UserError if it is none that can be run."""
-    for bench in study.suite if study else ():
-        if name in _names(bench):
-            return bench
-    for suite in BOARDS:
-        for bench in suites.load_suite(suite).benchmarks:
-            if name in _names(bench):
-                return replace(bench, limit=limit, wheels=True)
-    known = task_files.index()
-    if name not in known:
-        raise UserError(
-            f"'{name[:80]}' is no task of lm-eval.{nearest(name, known)} To check it, write the "
-            "task (tasks/NAME.yaml beside a study.yaml), name it in the study's suite, and name "
-            "the study in claims.yaml."
-        )
-    bench = Benchmark(name, f"{task_files.PREFIX}{name}", None, limit, 0, wheels=True)
-    plain = task_files.TaskFile(known[name], trusted=True).plain()
-    shots = plain.get("num_fewshot")
-    return replace(bench, num_fewshot=shots if isinstance(shots, int) else 0)
-
-
-def _names(bench: Benchmark) -> set[str]:
-    """What a claim may call a benchmark."""
-    short = bench.name.removeprefix(f"{bench.suite}.")
-    task = bench.task.removeprefix(task_files.PREFIX)
-    also = {f"leaderboard_{short}", f"{short}_{bench.suite}"} if bench.suite else set()
-    return {bench.name, short, task} | also
-
-
-def _usual_shots(bench: Benchmark) -> Iterator[int]:
-    """Numbers of examples that people run the benchmark with."""
-    task = bench.task.removeprefix(task_files.PREFIX)
-    known = (b for suite in BOARDS for b in suites.load_suite(suite).benchmarks)
-    yield from dict.fromkeys((*USUAL_SHOTS, *(b.num_fewshot for b in known if task in _names(b))))
 
 
 def _summary(path: Path) -> dict[str, Any]:

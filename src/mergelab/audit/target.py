@@ -9,7 +9,8 @@ from mergelab import hub_cards, locate
 from mergelab.claims.base import Claim
 from mergelab.claims.file import Comparison, Subject, load_claims
 from mergelab.errors import UserError
-from mergelab.study import CLAIMS, Study, load_study
+from mergelab.study import CLAIMS, Study
+from mergelab.study_file import load_study
 
 KINDS = ("model", "claims", "study")
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
 from typing import Any
 
-from mergelab import published
 from mergelab.audit import protocol
+from mergelab.audit.grim import no_count, possible, sizes
 from mergelab.audit.protocol import EXACT, Measured
 from mergelab.claims.base import Claim
 
-VERSION = 1
 REPRODUCED, CONSISTENT, NOT_REPRODUCED = "reproduced", "consistent", "not reproduced"
 IMPOSSIBLE, DOES_NOT_FIT, UNVERIFIABLE = "impossible", "does not fit", "unverifiable"
 NO_RUN = "nothing was measured"
-DIGITS = 10  # decimals of a percentage that GRIM looks at: a float's own error is below
-MOST_FITS = 20  # numbers of hits listed
-RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match")  # metrics that count right answers
+UNCOUNTED = "GRIM was not asked: how many items the claim counts is not known."
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,8 @@ def judge(
     measured, and what to do; `chats_failed`: the model has a chat template that cannot be run."""
     if not math.isfinite(claim.value) or math.isnan(protocol.unit(claim)):
         return Verdict(UNVERIFIABLE, f"'{claim.printed[:40]}' is no number.")
-    grim = _grim(claim, measured)
+    counts = sizes(claim, measured)
+    grim = possible(claim, counts) if counts else None
     own = protocol.matching(claim, measured)
     best = min(own, key=lambda one: _rank(claim, one), default=None)
     explained = None
@@ -87,10 +84,10 @@ def judge(
     why = _why(claim, best, verdict)
     label = None if explained is None else explained.label
     if explained is not None:
-        why += f" {_explained(explained)}"
+        why += f" {_explained(explained)}{_chance(measured)}"
     elif verdict in (REPRODUCED, CONSISTENT):
-        label = _unsaid(claim, best, own[0])
-        why += f" The claim does not say so: {_words(*next(iter(label.items())))}." if label else ""
+        label = _unsaid(claim, best, own[0], measured) or None
+        why += f" The claim does not say so: {_listed(label)}.{_chance(own)}" if label else ""
     elif verdict == UNVERIFIABLE:
         said = f"is about {' and '.join(unable)}, which cannot be"
         said = said if unable else f"may be about {unsure}, which was not"
@@ -98,6 +95,8 @@ def judge(
         why += "" if why_not == NO_RUN else f" {why_not}"
     elif verdict == NOT_REPRODUCED and why_not != NO_RUN:
         why += f" {why_not}"
+    if counts is None and verdict != REPRODUCED:
+        why += f" {UNCOUNTED}"
     return replace(
         _with_ours(claim, best, measured),
         verdict=verdict,
@@ -107,11 +106,19 @@ def judge(
     )
 
 
-def _unsaid(claim: Claim, best: Measured, usual: Measured) -> dict[str, Any] | None:
-    """The chat template, where the number needs it (or its absence), the usual run is otherwise,
-    and the claim is silent."""
-    silent = claim.chat_template is None and best.chat_template != usual.chat_template
-    return {"chat_template": best.chat_template} if silent else None
+def _unsaid(
+    claim: Claim, one: Measured, usual: Measured, measured: Sequence[Measured]
+) -> dict[str, Any]:
+    """What a run does otherwise than the usual one where the claim is silent: the chat template (or
+    its absence), and the turns of its examples."""
+    found: dict[str, Any] = {}
+    if claim.chat_template is None and one.chat_template != usual.chat_template:
+        found["chat_template"] = one.chat_template
+    name = "fewshot_as_multiturn"
+    turns = [getattr(other, name) for other in measured if getattr(other, name) is not None]
+    if getattr(one, name) is not None and getattr(one, name) != turns[0]:
+        found[name] = getattr(one, name)
+    return found
 
 
 def _rank(claim: Claim, one: Measured, *, sampling: bool = True) -> int:
@@ -137,6 +144,7 @@ def _explanation(
             rank = _rank(changed, one, sampling=False)
             if rank < 2 and (changed.rescaled is False or one.rescaled is not None):
                 label = scale | _labels(claim, one)
+                label |= _unsaid(claim, one, (*own, *measured)[0], measured)
                 found.append(((len(label), rank, place), Explanation(label, one, rank == 0)))
     best = min(found, key=lambda entry: entry[0], default=None)
     return None if best is None else best[1]
@@ -162,10 +170,21 @@ def _labels(claim: Claim, one: Measured) -> dict[str, Any]:
 
 
 def _explained(found: Explanation) -> str:
-    words = ", ".join(_words(name, value) for name, value in found.label.items())
+    words = _listed(found.label)
     if found.exact:
         return f"It is what {words} gives: the number is real, but its label is wrong."
     return f"It would fit {words} ({percent(found.run.value)}): its label may be wrong."
+
+
+def _chance(compared: Sequence[Measured]) -> str:
+    """What the search itself does to its result, in a sentence; "" if there was none."""
+    values = len({one.value for one in compared})
+    said = f" {values} values were compared: the more there are, the likelier one fits by chance."
+    return said if values > 1 else ""
+
+
+def _listed(label: dict[str, Any]) -> str:
+    return ", ".join(_words(name, value) for name, value in label.items())
 
 
 def _words(name: str, value: Any) -> str:
@@ -178,56 +197,15 @@ def _words(name: str, value: Any) -> str:
         return "a rescaled score" if value else "a score that is not rescaled"
     if name == "chat_template":
         return "the chat template" if value else "a plain prompt"
+    if name == "fewshot_as_multiturn":
+        return "a turn for each example" if value else protocol.ONE_TURN
     return f"{name} {value}"
-
-
-def _grim(claim: Claim, measured: Sequence[Measured]) -> dict[str, Any] | None:
-    """Could right or wrong answers give the number? None if they are not what is counted.
-
-    Beside rounding, a number may be cut off, or printed with a 0 that was never measured; the run
-    may be of all items, or of those that we saw. Of another split the items are not known."""
-    of_kind = [o for o in measured if claim.metric is None or o.metric == claim.metric]
-    if measured and (not of_kind or any(o.hits is None for o in of_kind)):
-        return None
-    same = [o for o in of_kind if protocol.may_be_split(claim, o.split)]
-    known = {o.size for o in same if claim.split != o.split}
-    sizes = {o.n for o in same} | {size for size in known if size is not None}
-    if not measured and claim.metric in (None, *RIGHT_OR_WRONG):
-        sizes = protocol.usual_size(claim)
-    if not sizes or None in known or claim.rescaled or not 0 <= claim.value <= 1:
-        return None
-    text = _percentage(claim)
-    fits = {n: _hits(text, n) for n in sorted(sizes, reverse=True)}
-    n = next((n for n, hits in fits.items() if hits), max(sizes))
-    return {"n": n, "fits": list(fits[n][:MOST_FITS]), "possible": bool(fits[n])}
-
-
-def _percentage(claim: Claim) -> str:
-    """The printed digits as a percentage, without those beyond a float's own error."""
-    exact = Decimal(claim.printed).scaleb(0 if claim.percent else 2)
-    exponent = exact.as_tuple().exponent
-    if isinstance(exponent, int) and exponent < -DIGITS:
-        exact = round(exact, DIGITS)
-    return f"{exact:f}"
-
-
-def _hits(text: str, n: int) -> tuple[int, ...]:
-    """The numbers of hits that may be printed so."""
-    if fits := published.grim(text, n):
-        return fits
-    short = text.rstrip("0").rstrip(".") if "." in text else text
-    if short != text and (fits := published.grim(short, n)):
-        return fits
-    value = Decimal(text)
-    step = Decimal(1).scaleb(int(value.as_tuple().exponent))
-    k = math.ceil(value * n / 100)
-    return (k,) if k <= n and Decimal(100 * k) / n < value + step else ()
 
 
 def _impossible(
     claim: Claim, grim: dict[str, Any], best: Measured | None, measured: Sequence[Measured]
 ) -> Verdict:
-    why = f"{_no_count(claim, grim['n'])} It is no score of one run on all items."
+    why = f"{no_count(claim, grim['n'])} It is no score of one run on all items."
     shown = Verdict(IMPOSSIBLE, why) if best is None else _with_ours(claim, best, measured)
     return replace(shown, verdict=IMPOSSIBLE, why=why, grim=grim)
 
@@ -235,17 +213,10 @@ def _impossible(
 def _does_not_fit(claim: Claim, grim: dict[str, Any], why_not: str) -> Verdict:
     """A number is only doubtful where nothing was run: the number of items is the usual one."""
     why = (
-        f"{_no_count(claim, grim['n'])} {claim.benchmark} usually has so many; other items, a mean "
+        f"{no_count(claim, grim['n'])} {claim.benchmark} usually has so many; other items, a mean "
         "of several runs or another way of rounding may give it."
     )
     return Verdict(DOES_NOT_FIT, why if why_not == NO_RUN else f"{why} {why_not}", grim)
-
-
-def _no_count(claim: Claim, n: int) -> str:
-    text = _percentage(claim)
-    k = math.floor(Decimal(text) * n / 100)
-    near = " or ".join(f"{100 * x / n:.{max(2, _decimals(text))}f} ({x})" for x in (k, k + 1))
-    return f"No number of right answers to {n:,} items is {text} %; the nearest are {near}."
 
 
 def _unmatched(
@@ -267,7 +238,8 @@ def _unmatched(
     found = Verdict(UNVERIFIABLE, why, grim, alternatives=tuple(map(_alternative, measured)))
     if explained is None:
         return found
-    return replace(found, why=f"{why} {_explained(explained)}", explained_by=explained.label)
+    why += f" {_explained(explained)}{_chance(measured)}"
+    return replace(found, why=why, explained_by=explained.label)
 
 
 def _with_ours(claim: Claim, best: Measured, measured: Sequence[Measured]) -> Verdict:
@@ -288,7 +260,9 @@ def _with_ours(claim: Claim, best: Measured, measured: Sequence[Measured]) -> Ve
 
 def _alternative(one: Measured) -> dict[str, Any]:
     found = {name: getattr(one, name) for name in ("metric", "filter", "shots", "value")}
-    return found | ({"chat_template": True} if one.chat_template else {})
+    found |= {"chat_template": True} if one.chat_template else {}
+    turns = {"fewshot_as_multiturn": one.fewshot_as_multiturn}
+    return found | (turns if one.fewshot_as_multiturn is not None else {})
 
 
 def _why(claim: Claim, best: Measured, verdict: str) -> str:
@@ -301,7 +275,7 @@ def _why(claim: Claim, best: Measured, verdict: str) -> str:
         return f"{said}: the printed number."
     cause = "numerical noise"
     if protocol.is_part(claim, best):
-        whole = "items, a part" if best.size is None else f"of {best.size:,} items"
+        whole = "items, perhaps not all" if best.size is None else f"of {best.size:,} items"
         cause = f"noise, and sampling: our run saw {best.n:,} {whole}"
     reach = f"an honest run may give {_show(claim, low)} to {_show(claim, high)} ({cause})"
     if verdict == CONSISTENT:
@@ -315,8 +289,7 @@ def _why(claim: Claim, best: Measured, verdict: str) -> str:
 def label(one: Measured) -> str:
     """A run in a few words."""
     kind = one.metric if one.filter is None else f"{one.metric}, {one.filter}"
-    chat = ", chat template" if one.chat_template else ""
-    return f"{kind}, {one.shots} shot{'' if one.shots == 1 else 's'}{chat}"
+    return f"{kind}, {protocol.prompts(one.shots, one.chat_template, one.fewshot_as_multiturn)}"
 
 
 def percent(value: float) -> str:
@@ -326,7 +299,3 @@ def percent(value: float) -> str:
 
 def _show(claim: Claim, value: float) -> str:
     return percent(value) if 0 <= claim.value <= 1 else f"{value:.4g}"
-
-
-def _decimals(text: str) -> int:
-    return len(text.partition(".")[2])

@@ -22,6 +22,10 @@ from mergelab.record import write_bytes
 from mergelab.structure import Recipe
 
 FETCH = "Add --fetch to download what is missing."
+NEITHER = (
+    "there is neither a recipe nor candidates (of a model: --candidates A B ...; in a claims file: "
+    "candidates: [A, B])"
+)
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,15 @@ class Store:
         return self.hub_model(repo, pinned or next(iter(commits), None))
 
 
-def weigh(subject: Subject, ancestry: Ancestry, store: Store, workers: int = 1) -> dict[str, Any]:
+def weigh(
+    subject: Subject, folder: Path | None, ancestry: Ancestry, store: Store, workers: int = 1
+) -> dict[str, Any]:
     """An entry of audit.json's "weights": model, recipe, remerge, infer, and why not.
 
-    A recipe is merged again and compared; where that gives something else, or there is none,
-    the weights are read beside the candidates."""
+    `folder`: where the model is, if it is here. A recipe is merged again and compared; where that
+    gives something else, or there is none, the weights are read beside the candidates."""
     try:
-        return _weigh(subject, ancestry, store, workers)
+        return _weigh(subject, folder, ancestry, store, workers)
     except UserError as error:  # quantised, damaged, of another architecture
         return _entry(subject, None) | {"why": str(error)}
 
@@ -82,11 +88,12 @@ def _entry(subject: Subject, text: str | None) -> dict[str, Any]:
     return {"model": subject.name, "recipe": text, "remerge": None, "infer": None, "why": ""}
 
 
-def _weigh(subject: Subject, ancestry: Ancestry, store: Store, workers: int) -> dict[str, Any]:
+def _weigh(
+    subject: Subject, folder: Path | None, ancestry: Ancestry, store: Store, workers: int
+) -> dict[str, Any]:
     card = ancestry.nodes[ancestry.targets[subject.at]].card
     text = subject.recipe.read_text("utf-8") if subject.recipe else card.recipe if card else None
     entry = _entry(subject, text)
-    folder = store.target(subject, ancestry)
     if folder is None:
         return entry | {"why": f"its weights are not here. {FETCH}"}
     model = open_checkpoint(folder, subject.name)
@@ -144,7 +151,7 @@ def _inferred(
     known = {name: open_checkpoint(folder, name) for folder, name in named.items()}
     others = {name: one for name, one in known.items() if name != base}
     if not others:
-        return {"why": "there is neither a recipe nor candidates (--candidates A B ...)"}
+        return {"why": NEITHER}
     return {"infer": infer(model, others, known.get(base or ""), workers)}
 
 

@@ -53,6 +53,11 @@ def own_unit(published: str, metric: str | None) -> bool:
     return bool(OWN_UNITS.search(f"{published} {metric or ''}"))
 
 
+def first_items(limit: float) -> str:
+    """The split of a run of lm-eval with a `limit`: a number of items, or a share of them."""
+    return f"[:{int(limit)}]" if limit >= 1 else f"[:{limit:.0%}]"
+
+
 def percent_of(entries: Iterable[Entry]) -> bool:
     """Are the accuracies of a table percentages? A single one of the Open LLM Leaderboard is."""
     shares = [entry for entry in entries if not own_unit(entry.published, entry.metric)]

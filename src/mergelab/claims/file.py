@@ -14,7 +14,8 @@ from mergelab.claims.entries import DATE, own_unit
 from mergelab.claims.leaderboard import read_results
 from mergelab.claims.numbers import PlainLoader, Printed, in_percent, read_number
 from mergelab.errors import UserError, nearest
-from mergelab.study import CLAIMS, load_study
+from mergelab.study import CLAIMS
+from mergelab.study_file import load_study
 from mergelab.yamlfile import Map, Reader, parse, read
 
 KEYS = ("title", "source", "date", "protocol", "study", "models", "claims", "comparisons")

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergelab.claims import names
 from mergelab.claims.base import Claim
-from mergelab.claims.entries import MOST_CLAIMS, own_unit
+from mergelab.claims.entries import MOST_CLAIMS, first_items, own_unit
 from mergelab.claims.numbers import Digits, Printed, read_number
 from mergelab.errors import UserError
 from mergelab.yamlfile import MAX_DEPTH
@@ -207,11 +207,25 @@ class _Second(_Reader):
         template = self.top.get("chat_template") or self.top.get("chat_template_sha")
         known = "chat_template" in self.top or "chat_template_sha" in self.top
         return {
+            "split": self.part(task),
             "shots": shots if type(shots) is int else None,
             "task_version": _version(version),
             "chat_template": bool(template) if known else None,
             "date": _day(self.top.get("date")),
         }
+
+    def part(self, task: str) -> str | None:
+        """The items of a run that was told to leave some out: "test[:100]"; of a group "[:100]"."""
+        counted = self.map(self.map(self.top, "n-samples"), task)
+        if not counted:
+            limit = read_number(self.general.get("limit"))
+            return None if limit is None else first_items(limit.value)
+        seen, whole = counted.get("effective"), counted.get("original")
+        if type(seen) is not int or type(whole) is not int or seen >= whole:
+            return None
+        settings = self.map(self.map(self.top, "configs"), task)
+        told = settings.get("test_split") or settings.get("validation_split")
+        return f"{self.text(told, 40) or ''}{first_items(seen)}"
 
 
 def _version(value: Any) -> str | None:

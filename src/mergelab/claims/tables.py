@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mergelab.claims import names
-from mergelab.claims.entries import Entry, Notes, percent_of
+from mergelab.claims.entries import Entry, Notes, first_items, percent_of
 from mergelab.claims.numbers import Printed, read_number
 
 MOST_ROWS = 500  # of one table
@@ -28,25 +28,31 @@ _NAME = ("task", "tasks", "benchmark", "benchmarks", "metric", "dataset", "datas
 _LINK = re.compile(r"!?\[([^\[\]]{0,200})\]\([^()\s]{0,500}\)")
 _WORDS = re.compile(r"[\s,;:()\[\]]+")
 _HEADING = re.compile(r"#{1,6}\s+(.{1,200})")
+_LIMIT = re.compile(r"\blimit: (\d{1,9}(?:\.\d{1,9})?), num_fewshot: ")  # lm-eval's, above a table
 
 
 @dataclass(frozen=True)
 class Table:
-    """A Markdown table: `line` of its header, the heading above it, its cells as plain text."""
+    """A Markdown table: `line` of its header, the heading above it, its cells as plain text.
+
+    `split` names its items where lm-eval says above it that it took the first ones only."""
 
     line: int
     heading: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    split: str | None = None
 
 
 def read_tables(lines: Sequence[str], first: int, notes: Notes) -> Iterator[Table]:
     """The tables among the lines of a card's body; `first` is the number of its first line."""
-    heading, place, count = "", 0, 0
+    heading, split, place, count = "", None, 0, 0
     while place < len(lines):
         text = lines[place][:LONGEST_LINE]
         title = _HEADING.match(text)
         heading = title[1].strip() if title else heading
+        if limit := _LIMIT.search(text):
+            split = first_items(float(limit[1]))
         below = lines[place + 1] if place + 1 < len(lines) else ""
         if "|" not in text or not _is_rule(below):
             place += 1
@@ -58,8 +64,8 @@ def read_tables(lines: Sequence[str], first: int, notes: Notes) -> Iterator[Tabl
         end = place + 2
         while end < len(lines) and "|" in lines[end][:LONGEST_LINE]:
             end += 1
-        yield _table(lines[place:end], first + place, heading, notes)
-        place = end
+        yield replace(_table(lines[place:end], first + place, heading, notes), split=split)
+        split, place = None, end
 
 
 def _is_rule(text: str) -> bool:
@@ -111,6 +117,7 @@ def scores(table: Table, repo: str, group: str, notes: Notes) -> tuple[list[Entr
         found, shares = _long(table, form, title, repo, group, notes)
     heads = [cell for cell in table.header if not _INTERVAL.search(cell)]
     percent = any(re.search(r"%|per ?cent", cell, re.I) for cell in heads)
+    found = [replace(entry, split=table.split) for entry in found]
     return found, percent or percent_of([*found, *shares])
 
 

@@ -11,6 +11,7 @@ import typer
 
 from mergelab.cli.options import (
     RESULTS,
+    WORKERS,
     AsJson,
     Candidates,
     JsonFile,
@@ -37,7 +38,7 @@ def merge(
         ),
     ],
     shard_size: ShardSize = "5GB",
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     seed: Seed = 0,
     part: Annotated[
         str,
@@ -104,7 +105,7 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Model folder or .safetensors file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The one to compare with A.")],
     as_json: AsJson = False,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
 ) -> None:
     """Compare two models tensor by tensor: same bits, or how far apart?
 
@@ -147,7 +148,7 @@ def infer(
         str | None, typer.Option(metavar="X", help="The common base, if you know it.")
     ] = None,
     file: JsonFile = None,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
 ) -> None:
     """Read from the weights how a model was made: `infer MODEL --candidates A B ... [--base X]`.
 
@@ -199,7 +200,7 @@ def audit(
         ),
     ] = None,
     file: JsonFile = None,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     results: Results = RESULTS,
     record: RecordFile = None,
 ) -> None:

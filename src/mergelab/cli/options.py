@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,16 @@ RecordFile = Annotated[
         help="Write the record of this step here, too; Snakemake asks for it.",
     ),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on it.")]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(8, CORES)
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Threads; the result does not depend on it.",
+        show_default="the cores that may be used, at most 8",
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option("--shard-size", help="Largest weight file, such as 5GB or 500MB.")
 ]

@@ -10,7 +10,7 @@ from mergelab.errors import UserError
 
 def load(folder: Path) -> Any:
     """The study that is meant by its folder, or by the study.yaml in it."""
-    from mergelab.study import load_study
+    from mergelab.study_file import load_study
 
     return load_study(folder.parent if folder.name == "study.yaml" else folder)
 

@@ -74,3 +74,10 @@ def nothing(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two answers where everything is explained."""
     return {"found": False, "unexplained": 0.0, "why": why}, {"found": False, "why": why}
+
+
+def answer(
+    told: list[dict[str, Any]], undeclared: dict[str, Any], finetuned: dict[str, Any]
+) -> dict[str, Any]:
+    """Hypotheses, best first, with what they leave over."""
+    return {"hypotheses": told, "undeclared": undeclared, "finetuned": finetuned}
