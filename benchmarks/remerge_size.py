@@ -32,6 +32,7 @@ from merge_speed_models import (
 )
 from merge_speed_run import Run, cool, machine, measured
 
+from mergelab.cli.options import WORKERS
 from mergelab.engine import merge
 from mergelab.plan import make_plan
 from mergelab.recipe import load_recipe
@@ -43,12 +44,20 @@ LIMIT = 3600.0  # seconds
 SEED = 7
 LEGEND = f"""
 - A base and three experts (slerp: one), bfloat16, 2.2 GB each, and the published model. mergekit's
-  merges, but with random masks mergelab's, of another seed. One worker; whole processes, start-up
-  included; kernels are compiled. **MB**: anonymous memory.
+  merges, but with random masks mergelab's, of another seed. {WORKERS} workers, as `mergelab audit`
+  takes here (the cores, at most 8); whole processes, start-up included; kernels are compiled.
+  **MB**: anonymous memory.
 - **disk**: wall seconds, nothing in the page cache (but a virtual disk may be served from its
-  host's memory: gigabytes a second are no disk's). **cached**: processor seconds, all in it;
-  **read**: every byte once, 4 MB at a time; **read and hash**: with sha256, which every download
-  and every merge takes.
+  host's memory). **GB/s**: the fastest disk of which a check takes at most {TIME:.0f} times reading
+  once, at the pace it has here. **cached**: processor seconds of all workers, all in the page
+  cache; **read**: every byte once, 4 MB at a time; **read and hash**: with sha256, which every
+  download and every merge takes.
+- What bounds it, in processor seconds (1.1e9 entries, about 3e9 cycles a second): start-up and the
+  trial of whose numerics fit, 1; reading a base and three experts, 0.8 each time, and the published
+  model, 0.9. Averages read all once. ties and breadcrumbs do so twice: histograms of three task
+  vectors' magnitudes, 1.5, the merge, 2.1, which of equal entries were kept, 2. sce does three
+  times: histogram, 2, weights, 3, the merge, 3.5. Random masks: twice; our own masks, drawn in
+  both, 4, sums over signs, 3, subsets that explain an entry, 3, roundings and differences, 3.
 - **holds**: the verdict is right, at most {MEMORY / 1e6:.0f} MB, from the disk at most {TIME:.0f}
   times reading once, as in forensics.md. Where all is cached and reading costs next to nothing, a
   check takes longer than that: the columns to the right tell how much."""
@@ -60,7 +69,7 @@ from mergelab.forensics.remerge import remerge
 from mergelab.recipe import load_recipe
 wanted = load_recipe(Path(sys.argv[1]))
 published = open_checkpoint(Path(sys.argv[2]), "published")
-found = remerge(wanted, published, {m: Path(m) for m in wanted.models})
+found = remerge(wanted, published, {m: Path(m) for m in wanted.models}, int(sys.argv[3]))
 print(", ".join(filter(None, (found["verdict"], found["numerics"]))))
 """
 
@@ -69,7 +78,7 @@ print(", ".join(filter(None, (found["verdict"], found["numerics"]))))
 class Sized:
     """One method: processor seconds to read, and to read and hash, the inputs and the published
     model once; what a process that checks it took, and what it said. Then wall seconds to read them
-    from the disk, and what it took there."""
+    from the disk, what it took there, and their bytes."""
 
     method: str
     reading: float
@@ -78,6 +87,7 @@ class Sized:
     said: str
     disk: float
     cold: Run
+    size: int
 
     @property
     def times(self) -> float:
@@ -88,6 +98,11 @@ class Sized:
     def memory(self) -> int:
         """Bytes, at most."""
         return max(self.run.anonymous, self.cold.anonymous)
+
+    @property
+    def pace(self) -> float:
+        """Bytes a second of a disk from which reading once takes a third of the check."""
+        return TIME * self.size / self.cold.wall
 
     @property
     def quick(self) -> bool:
@@ -127,7 +142,10 @@ def sizes(folder: Path, size: Size, mergekit: peer.Peer) -> Iterator[Sized]:
         said = (folder / "remerge.log").read_text().strip().splitlines()[-1]
         disk, cold = from_disk(files, recipe, out)
         count = len(files)
-        yield Sized(method, count * per_file[1], count * per_file[2], run, said, disk, cold)
+        size_of_all = sum(file.stat().st_size for file in files)
+        yield Sized(
+            method, count * per_file[1], count * per_file[2], run, said, disk, cold, size_of_all
+        )
         if made:
             shutil.rmtree(out)
 
@@ -172,7 +190,7 @@ def sha256(file: Path) -> None:
 
 def checked(recipe: Path, published: Path, log: Path) -> Run:
     """One process that checks the published model."""
-    command = [sys.executable, "-c", PROGRAM, recipe, published]
+    command = [sys.executable, "-c", PROGRAM, recipe, published, WORKERS]
     return measured(command, log, environ={"OMP_NUM_THREADS": "1"}, limit=LIMIT)
 
 
@@ -185,15 +203,16 @@ def page(rows: list[Sized], where: str) -> Iterator[str]:
     yield from heads(rows)
     yield ""
     yield (
-        "| method | verdict | numerics | disk: read, s | check, s | times | cached: read, cpu s "
-        "| read and hash | check | times reading | times reading and hashing | MB | holds |"
+        "| method | verdict | numerics | disk: read, s | check, s | times | GB/s "
+        "| cached: read, cpu s | read and hash | check | times reading "
+        "| times reading and hashing | MB | holds |"
     )
-    yield "|---|---|---|" + "--:|" * 10
+    yield "|---|---|---|" + "--:|" * 11
     for row in rows:
         verdict, _, numerics = row.said.partition(", ")
         yield (
-            f"| {row.method} | {verdict} | {numerics} | {row.disk:.0f} | {row.cold.wall:.0f} "
-            f"| {row.times:.2f} | {row.reading:.2f} | {row.hashing:.1f} "
+            f"| {row.method} | {verdict} | {numerics} | {row.disk:.1f} | {row.cold.wall:.1f} "
+            f"| {row.times:.2f} | {row.pace / 1e9:.1f} | {row.reading:.2f} | {row.hashing:.1f} "
             f"| {row.run.cpu:.1f} | {row.run.cpu / row.reading:.1f} "
             f"| {row.run.cpu / row.hashing:.2f} | {row.memory / 1e6:.0f} "
             f"| {'yes' if row.holds else '**no**'} |"

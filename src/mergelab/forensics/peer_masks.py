@@ -10,23 +10,23 @@ task vector's L1 norm, which each mask's own luck changes a little."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.checkpoint import BITS, Tensor
+from mergelab.blocks import TensorMerge
+from mergelab.checkpoint import BITS, Tensor, to_float
 from mergelab.forensics.peer_mask_kernels import add_flips, add_sizes, judge
 from mergelab.forensics.peer_merge import recast
 from mergelab.forensics.remerge_tally import DIGITS, LEAST, Array, Tally
-from mergelab.methods.base import Settings, Stats
+from mergelab.methods.base import Block, Settings, Stats
 from mergelab.methods.consensus import NO_WEIGHT
 from mergelab.methods.sparsify import factors
 from mergelab.writer import Planned
 
 if TYPE_CHECKING:
-    from mergelab.blocks import TensorMerge
     from mergelab.forensics.remerge_check import Checker
 
 MOST = 6  # experts whose subsets are tried
@@ -34,6 +34,7 @@ DEVIATIONS = 5.0  # of chance that are allowed
 ROUNDINGS = 8  # of one entry in the work dtype
 COMMON = 4  # of them common to all entries: of a weight, and of a factor's two sums and ratio
 UNEXPLAINED = 2.0**-10  # share of entries that may be beyond these bounds
+WIDE = 2.0**-12  # relative errors from which on sums in float32 are near enough
 ELECTS = ("dare_ties", "della")
 
 
@@ -46,24 +47,27 @@ class Masked(Tally):
     `add_flips`.
     """
 
-    moments: Array = field(default_factory=lambda: np.zeros((1, 6)))
+    moments: Array = field(default_factory=lambda: np.zeros((1, 7)))
     flips: Array = field(default_factory=lambda: np.zeros(2))
     weights: Array = field(default_factory=lambda: np.zeros(0))
     elects: bool = False
     bias: float = 0.0
     luck: float = 0.0
 
+    def square(self) -> float:
+        return float(self.moments[-1, 5])
+
 
 def compare(checker: Checker, tensor: Planned, published: Tensor) -> Masked:
     """Judge one tensor: what rounding and chance allow is 'other mask', all else 'different'."""
-    work, merge = checker.work(tensor), checker.merge(tensor)
+    work, merge = checker.work(tensor), Sizing(checker.merge(tensor))
     stats = merge.survey()
     settings, method, count = tensor.settings, merge.method, len(tensor.experts)
     weights = strengths(merge, stats)
     tally = Masked(
         tensor,
         published,
-        moments=np.zeros((count + 1, count + 5)),
+        moments=np.zeros((count + 1, count + 6)),
         weights=weights[1] * float(settings.shared["lambda"]),
         luck=float(weights[2].max()),
         bias=COMMON * 2.0 ** -(DIGITS[work] + 1),
@@ -72,27 +76,56 @@ def compare(checker: Checker, tensor: Planned, published: Tensor) -> Masked:
     plan = endings(settings, method.name, work, published.dtype)
     edge = DIGITS[tally.coarse], LEAST[tally.coarse], ROUNDINGS * 2.0 ** -(DIGITS[work] + 1)
     wide = "F64" if merge.kind == BITS["F64"] else "F32"
+    kind = np.empty(0, BITS[wide])
+    stored = np.empty(0, "<f8" if published.dtype == "F64" else "<f4")
+    quick = np.empty(0, "<f4" if kind.itemsize == 4 and plan[4] > WIDE else "<f8")
     for block in merge.blocks():
-        exact = np.empty(block.values.shape[1], BITS[wide])
+        exact = np.empty(block.values.shape[1], kind.dtype)
         method.merge(block, settings, stats, {}, exact)
         bits = recast(exact, wide, tensor.dtype, published.dtype)
         given = tally.given[block.start : block.start + len(bits)]
-        merged = tally.floats(given), tally.floats(bits)
-        tally.compare(bits, given, merged[1], merged[0])
-        judge(block.values, *merged, weights, plan, tally.moments, exact[:0])
-        add_flips(block.values, exact, merged[1], *edge, tally.flips)
+        merged = numbers(given, published.dtype), numbers(bits, published.dtype)
+        tally.compare(bits, given, *merged, stored)
+        judge(block.values, *merged, weights, plan, tally.moments, kind, stored, quick)
+        add_flips(block.values, exact, merged[1], stored, *edge, tally.flips)
     tally.mask = judged([tally])
     return tally
 
 
-def strengths(merge: TensorMerge, stats: Stats) -> Array:
+def numbers(bits: Array, dtype: str) -> Array:
+    """Stored entries (S) as kernels decode them (1, S)."""
+    return (bits if dtype != "F16" else to_float(bits, dtype, "<f4"))[None]
+
+
+class Sizing(TensorMerge):
+    """Another's merge; the first time it reads, it adds up the task vectors' L1 norms and squared
+    lengths (N)."""
+
+    def __init__(self, merge: TensorMerge) -> None:
+        self.__dict__.update(merge.__dict__)
+        self.norms, self.squares = np.zeros((2, len(merge.tensor.experts)))
+        self.sized = False
+
+    def blocks(self) -> Iterator[Block]:
+        first, self.sized = not self.sized, True
+        for block in super().blocks():
+            if first:
+                add_sizes(block.values, self.norms, self.squares, block.numbers([]))
+            yield block
+
+    def sizes(self) -> tuple[Array, Array]:
+        """Norms and squares; the tensor is read for them if it was not yet."""
+        if not self.sized:
+            for _ in self.blocks():
+                pass
+        return self.norms, self.squares
+
+
+def strengths(merge: Sizing, stats: Stats) -> Array:
     """Per expert factor times weight, weight, and by how much the factor may be off: (3, N).
 
     Our mask's factor stands for theirs: the L1 norm of what is kept varies from mask to mask."""
-    settings, count = merge.tensor.settings, len(merge.tensor.experts)
-    norms, squares = np.zeros(count), np.zeros(count)
-    for block in merge.blocks():
-        add_sizes(block.values, norms, squares, block.numbers([]))
+    settings, (norms, squares) = merge.tensor.settings, merge.sizes()
     own = np.array(factors(settings, stats))
     density = np.clip(settings.each("density"), 1e-9, 1.0)
     epsilon = np.array([each.get("epsilon", 0.0) for each in settings.experts])
@@ -154,7 +187,7 @@ def room(tallies: Sequence[Masked], expert: int) -> float:
     """By how much an expert's sum of signs may be off: roundings add up, luck adds in squares."""
     certain, chance = 0.0, 0.0
     for tally in tallies:
-        parts = np.abs(tally.weights * tally.moments[expert, 5:])
+        parts = np.abs(tally.weights * tally.moments[expert, 6:])
         certain += tally.bias * float(parts.sum()) + float(tally.flips[0])
         lucky = parts if tally.elects else np.delete(parts, expert)
         chance += (tally.luck * float(lucky.sum())) ** 2

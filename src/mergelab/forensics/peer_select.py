@@ -28,18 +28,14 @@ from mergelab.forensics.peer_kernels import (
     total,
 )
 from mergelab.forensics.peer_merge import (
-    Added,
-    Breadcrumbs,
-    BreadcrumbsTies,
-    Choosing,
     Copied,
     Linear,
     Nearswap,
     OldLinear,
     Passthrough,
     Simulation,
-    Trimmed,
 )
+from mergelab.forensics.peer_windows import Added, Breadcrumbs, BreadcrumbsTies, Choosing, Trimmed
 from mergelab.kernels import CHUNK, LANES, add_magnitudes, encode, kernel, lanes_total
 from mergelab.methods.base import Array
 from mergelab.methods.sce import EVEN, LEAST_SHARE

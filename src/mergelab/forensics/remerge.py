@@ -18,8 +18,8 @@ from mergelab.checkpoint import FLOATS, NAMES, Checkpoint, Tensor
 from mergelab.engine import in_order, survey_model
 from mergelab.errors import UserError
 from mergelab.forensics import peer_masks, remerge_why
-from mergelab.forensics.peer_merge import Choosing
 from mergelab.forensics.peer_select import SIMULATED
+from mergelab.forensics.peer_windows import Choosing
 from mergelab.forensics.remerge_check import OURS, Checker
 from mergelab.forensics.remerge_match import Pairs, match
 from mergelab.forensics.remerge_show import show

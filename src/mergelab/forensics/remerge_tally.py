@@ -89,8 +89,6 @@ class Tally:
     def differ(self, start: int, bits: Array) -> Array:
         """Where a block of expected bits (S) differs from the published ones."""
         given = self.given[start : start + len(bits)]
-        if np.array_equal(unsigned(bits), unsigned(given)):
-            return np.empty(0, np.int64)
         at: Array = np.flatnonzero(unsigned(bits) != unsigned(given))
         return at
 
@@ -107,7 +105,7 @@ class Tally:
             return bits.astype(float)
         if self.published.dtype == "BF16":
             wide = np.empty(len(bits))
-            finite(np.asarray(bits)[None], wide)
+            widen(np.asarray(bits)[None], wide)
             return wide
         values = to_float(bits, self.published.dtype, "<f8")
         return np.where(np.isfinite(values), values, 0.0)
@@ -128,13 +126,21 @@ class Tally:
             self.fold(bits, given)
             self.max_ulp = max(self.max_ulp, steps(bits, given, self.published.dtype))
 
-    def compare(self, bits: Array, given: Array, expected: Array, published: Array) -> None:
-        """Note a block (S) of which many entries differ: bits, and the same as float64."""
-        sums = np.zeros(3)
-        found = add_differences(unsigned(given), unsigned(bits), published, expected, sums)
+    def compare(
+        self, bits: Array, given: Array, expected: Array, published: Array, stored: Array
+    ) -> None:
+        """Note a block (S) of which many entries differ: bits, and how `decode` takes them (1, S).
+
+        stored: empty, of the type of their numbers."""
+        sums = np.zeros(2)
+        found = add_differences(unsigned(given), unsigned(bits), published, expected, sums, stored)
         self.differing += int(found[0])
         self.max_ulp = max(self.max_ulp, int(found[1]))
-        self.ee, self.pe, self.dd = self.ee + sums[0], self.pe + sums[1], self.dd + sums[2]
+        self.ee, self.pe, self.dd = (
+            self.ee + 2 * sums[0] + sums[1],
+            self.pe + sums[0],
+            self.dd + sums[1],
+        )
 
     def entry(self) -> dict[str, Any]:
         """The tensor as `remerge` tells it."""
@@ -162,43 +168,50 @@ class Tally:
 
 
 @kernel
-def finite(bits: Array, out: Array) -> None:
+def finite(bits: Array, start: int, count: int, out: Array) -> None:
+    """Write finite entries of (1, S) as numbers to out[:count], others as 0."""
+    decode(bits, 0, start, count, out)
+    for i in range(count):
+        out[i] = out[i] if abs(out[i]) < np.inf else 0
+
+
+@kernel
+def widen(bits: Array, out: Array) -> None:
     """Finite entries of a bfloat16 array (1, S) as float64, others as 0 (S)."""
     single = np.empty(CHUNK, np.float32)
     for start in range(0, out.size, CHUNK):
         count = min(CHUNK, out.size - start)
-        decode(bits, 0, start, count, single)
+        finite(bits, start, count, single)
         for i in range(count):
-            out[start + i] = single[i] if abs(single[i]) < np.inf else np.float32(0)
+            out[start + i] = single[i]
 
 
 @kernel
 def add_differences(
-    given: Array, bits: Array, published: Array, expected: Array, sums: Array
+    given: Array, bits: Array, published: Array, expected: Array, sums: Array, stored: Any
 ) -> tuple[int, int]:
-    """How many floats differ, and by how many steps at most; adds to ee, pe, dd (see Tally).
+    """How many floats differ, and by how many steps at most; adds to pe, dd (see Tally).
 
     given, bits (S): published and expected ones as unsigned bits."""
-    rest, gap, e = np.empty(CHUNK), np.empty(CHUNK), np.empty(CHUNK)
-    lanes, differing, farthest = np.zeros((3, LANES)), 0, np.uint64(0)
+    p, e = np.empty(CHUNK, stored.dtype), np.empty(CHUNK, stored.dtype)
+    gap = np.empty(CHUNK)
+    lanes, differing, farthest = np.zeros((2, LANES)), 0, np.int64(0)
     for start in range(0, given.size, CHUNK):
         count = min(CHUNK, given.size - start)
+        finite(published, start, count, p)
+        finite(expected, start, count, e)
         for i in range(count):
-            p = published[start + i]
-            gap[i] = expected[start + i] - p
-            e[i] = expected[start + i] + p
-            rest[i] = p
-        dot(gap, e, count, lanes[0])
-        dot(gap, rest, count, lanes[1])
-        dot(gap, gap, count, lanes[2])
+            gap[i] = np.float64(e[i]) - np.float64(p[i])
+        dot(gap, p, count, lanes[0])
+        dot(gap, gap, count, lanes[1])
     top = np.int64(1) << (8 * given.itemsize - 1)
     for i in range(given.size):
         a, b = np.int64(given[i]), np.int64(bits[i])
         differing += a != b
         a = (top - a) if a & top else a
         b = (top - b) if b & top else b
-        farthest = max(farthest, np.uint64(abs(a - b)))
-    for k in range(3):
+        farthest = max(farthest, abs(a - b))
+    for k in range(2):
         sums[k] += lanes_total(lanes[k])
     return differing, int(farthest)
 
