@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ HUB_ID = re.compile(
 )
 MAX_INDEX_BYTES = 64_000_000
 REQUESTS = 8  # files fetched at a time
+GRACE = 5.0  # seconds for the others to end after one failed, so that none writes any more
 SOURCE = "source.json"
 
 
@@ -395,12 +396,17 @@ def snapshot(
 def in_parallel(call: Callable[[T], Any], things: Iterable[T]) -> None:
     """Do `call` with each thing, REQUESTS at a time; the first error is raised when it comes.
 
-    Neither it nor Ctrl-C waits for what is under way, which may sleep or read for minutes; the
-    command line ends without waiting for it, too."""
+    It waits GRACE seconds, and Ctrl-C does not wait, for what is under way, which may sleep or
+    read for minutes; the command line ends without it, too."""
     pool = ThreadPoolExecutor(REQUESTS)
+    running = [pool.submit(call, thing) for thing in things]
     try:
-        for done in as_completed([pool.submit(call, thing) for thing in things]):
+        for done in as_completed(running):
             done.result()
+    except Exception:
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait([future for future in running if not future.cancelled()], GRACE)
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
