@@ -308,6 +308,19 @@ def test_shards_follow_the_asked_size_and_hold_every_tensor(mergelab: Run, place
     assert index["metadata"]["total_size"] == 2 * sum(v.size for v in one.values())
 
 
+def test_a_merge_uses_the_cores_that_it_may_use(place: Path) -> None:
+    """In a process of its own that may use one core only."""
+    one = {min(os.sched_getaffinity(0))}
+    code = f"import os; os.sched_setaffinity(0, {one}); from mergelab.cli import main; main()"
+    for out, program in (("one", ["-c", code]), ("all", ["-m", "mergelab.cli"])):
+        command = [sys.executable, *program, "merge", "recipes/ties.yaml", "-o", out]
+        subprocess.run(command, check=True)
+    records = [json.loads((place / out / "merge.json").read_text()) for out in ("one", "all")]
+    cores = len(os.sched_getaffinity(0))
+    assert [record["workers"] for record in records] == [1, min(8, cores)]
+    assert records[0]["outputs"] == records[1]["outputs"]
+
+
 def test_transformers_loads_a_sharded_merge_and_its_forward_pass_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
