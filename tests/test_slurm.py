@@ -102,10 +102,11 @@ class Project:
         if executor == "slurm":
             command += ["--profile", "slurm", "--slurm-status-command", "squeue"]
             command += ["--slurm-init-seconds-before-status-checks", "2"]  # instead of 10
+        path = filter(None, (str(HALTING), os.environ.get("PYTHONPATH")))
         return subprocess.Popen(
             [sys.executable, "-c", SNAKEMAKE, *command],
             cwd=self.place,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HALTING)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mergelab.errors import UserError
 from mergelab.progress import say
 
+T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between tries, unless the hub says how long
 LONGEST_WAIT = 300.0
 LOGIN = "hf auth login"
@@ -54,7 +55,7 @@ def explained(repo: str, revision: str | None, kind: str = "model") -> Iterator[
         raise UserError(f"{where}: {text}") from None
 
 
-def patient(call: Callable[[], Any]) -> Any:
+def patient(call: Callable[[], T]) -> T:
     """`call()`, tried again while the hub is busy (HTTP 429 or 5xx) or the connection breaks.
 
     Waits as long as Retry-After asks. The client itself repeats some requests, not all."""

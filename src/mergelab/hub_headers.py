@@ -162,4 +162,4 @@ def _first_bytes(pinned: Pinned, file: HubFile, count: int) -> bytes:
                     break
         return bytes(data[:count])
 
-    return bytes(patient(read))
+    return patient(read)

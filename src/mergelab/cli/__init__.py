@@ -28,7 +28,7 @@ for contamination.
 A **study** is a folder such as `recipes/demo`: a `study.yaml` (models, benchmarks, checks) and one
 mergekit-compatible YAML per merge. Run a whole study with `snakemake --config study=demo`;
 the verbs below are its single steps. Exit code 0: done, 2: your input needs a change, 1: our
-fault.""",
+fault, 130: stopped.""",
 )
 
 
@@ -79,9 +79,11 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:  # how typer ends, after Ctrl-C with 130
-        code = int(end.code or 0)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == 130:
             console.print("stopped", markup=False)
+        elif isinstance(end.code, str):
+            console.print(end.code, markup=False)
     except UserError as error:
         console.print(f"error: {error}", style="red", markup=False)
         code = 2
@@ -96,7 +98,8 @@ def main() -> None:
             markup=False,
         )
         code = 1
-    if code and threading.active_count() > 1:  # one may still download, for minutes: do not wait
+    if threading.active_count() > 1:  # one may still download, for minutes: do not wait
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
