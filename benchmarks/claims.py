@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from claims_cases import RUNS, STUDY, Case
+from claims_cases import LIMITED, PARTS, RUNS, STUDY, Case
 
 from mergelab.folders import cache_folder
 from mergelab.record import machine, packages
@@ -36,7 +36,8 @@ FALSE = (
 )
 LEGEND = """
 - An honest claim is what another run gave: {runs}. Half of them tell their dtype; half are printed
-  with one decimal, half with two. **accused**: called not reproduced, or impossible.
+  with one decimal, half with two. **accused**: called not reproduced, or impossible. Those **of a
+  part** are of a run on the first items only, one in {parts}, that is not run again.
 - **raised by 3 points**: of the bfloat16 run; right if not reproduced by the float32 run.
   **acc_norm called acc** and **wrong number of shots** (5 for 0, 0 for 5), planted where the two
   differ by 2 points or more, and **chat template denied** (ChatML), where no plain run, of any
@@ -90,6 +91,9 @@ def targets(cases: Sequence[Case], quick: bool) -> Iterator[Target]:
     own = [case for case in cases if case.kind == "honest"]
     enough = 30 if quick else ENOUGH
     yield Target("honest claims", len(own), "claims", f">= {enough}", len(own) >= enough)
+    part = [case for case in cases if case.kind == LIMITED]
+    accused = sum(not case.right for case in part)
+    yield Target(f"of a part: accused, of {len(part)}", accused, "claims", "0", accused == 0)
     rate = sum(not case.right for case in own) / len(own)
     yield Target("honest claims accused", rate, "share", f"<= {ACCUSED}", rate <= ACCUSED)
 
@@ -133,7 +137,8 @@ def page(
         own = [case for case in honest if (case.ours, case.theirs) == pair]
         lines.append(f"| {pair[0]} | {pair[1]} | {len(own)} | {sum(not c.right for c in own)} |")
     caught = sum(case.right for case in false)
-    lines += [LEGEND.format(runs="; ".join(RUNS), caught=caught, planted=len(false)).rstrip()]
+    told = {"runs": "; ".join(RUNS), "parts": PARTS, "caught": caught, "planted": len(false)}
+    lines += [LEGEND.format(**told).rstrip()]
     if wrong := [case for case in cases if not case.right]:
         lines += ["", "Accused, or not caught (also where the interval is too wide):", ""]
         lines += [
@@ -146,7 +151,7 @@ def page(
 
 def _split(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """Honest and false claims."""
-    return [c for c in cases if c.kind == "honest"], [c for c in cases if c.kind != "honest"]
+    return [c for c in cases if c.kind == "honest"], [c for c in cases if c.kind in FALSE]
 
 
 def main() -> int:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import datasets, inference, scores, task_data, training
+from mergelab.audit.measured import Measured
 from mergelab.audit.noise import measure
-from mergelab.audit.protocol import Measured
 from mergelab.audit.rescore import measured, rescore
 from mergelab.audit.verdicts import judge
 from mergelab.chat import TEMPLATES
@@ -32,6 +32,8 @@ RUNS = ("float32", "bfloat16", "bfloat16, batch 1")  # batches change nothing in
 Scores = dict[tuple[str, str], Measured]  # by task and metric
 WITH_EXAMPLES = ("arc_easy", "openbookqa", "winogrande")  # whose train split is in a wheel
 RAISED = 0.03
+LIMITED = "honest, of a part"
+PARTS = 4  # a limited run sees one in so many of the items
 GAP = 0.02  # a wrong label is planted where it changes the score by this much
 
 
@@ -56,7 +58,7 @@ class Case:
     @property
     def told(self) -> bool:
         """Is what is false more than the interval is wide? Else nobody could tell."""
-        return self.kind == "honest" or self.change >= 2 * self.half
+        return self.kind in ("honest", LIMITED) or self.change >= 2 * self.half
 
 
 def make(study: Study, name: str, place: Path) -> Path:
@@ -115,6 +117,13 @@ def honest(name: str, runs: dict[str, Scores], ours: str) -> Iterator[tuple[str,
             yield theirs, about(name, one.task, one.value, 1 + (place + number) % 2, **said)
 
 
+def limited(name: str, found: Scores) -> Iterator[Claim]:
+    """Scores of a run on the first items only, these named as results files or tables do."""
+    for place, one in enumerate(found.values()):
+        split = one.split if place % 2 else f"[{one.split.partition('[')[2]}"
+        yield about(name, one.task, one.value, 2, metric=one.metric, shots=0, split=split)
+
+
 def planted(name: str, found: Scores) -> Iterator[tuple[str, Claim]]:
     """Scores of another run raised by three points, and acc_norm called acc."""
     for (task, metric), one in found.items():
@@ -139,6 +148,7 @@ def audit(
         explained = found.explained_by or {}
         right = {
             "honest": found.verdict in ("reproduced", "consistent"),
+            LIMITED: found.verdict not in ("not reproduced", "impossible"),
             "raised by 3 points": found.verdict in ("not reproduced", "impossible"),
             "acc_norm called acc": explained == {"metric": "acc_norm"},
             "wrong number of shots": "shots" in explained,
@@ -197,7 +207,11 @@ def run(name: str, place: Path, items: int) -> dict[str, Any]:
         work = place / name / ours
         claims = [("honest", theirs, claim) for theirs, claim in honest(name, runs, ours)]
         cases += audit(claims, folders[ours], work, study, ours)
+    fewer = tuple(replace(bench, limit=items // PARTS) for bench in study.suite)
+    part = score(replace(study, suite=fewer), name, folders["bfloat16"], place / name, "part")
     work = place / name / "float32"
+    claims = [(LIMITED, "bfloat16", claim) for claim in limited(name, part)]
+    cases += audit(claims, folders["float32"], work, study, "float32")
     false = [(kind, "bfloat16", claim) for kind, claim in planted(name, runs["bfloat16"])]
     told = _with_examples(name, folders["float32"], work, study)
     false += [("wrong number of shots", "float32", claim) for claim in shots(name, told)]

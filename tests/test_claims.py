@@ -199,6 +199,82 @@ def test_a_table_of_lm_eval_whose_run_was_limited_is_about_the_first_items(limit
     assert found == {"arc_easy": split, "piqa": None}
 
 
+LIMITED = "hf (pretrained=org/ours), limit: {}, num_fewshot: None, batch_size: 1\n"
+TABLE = "\n|{}|Metric|Value|\n|-|-|-|\n|{}|acc|{}|\n"
+
+
+def splits(text):
+    return {(c.benchmark, c.printed): c.split for c in read_card(text, "org/ours").claims}
+
+
+def test_groups_below_a_table_of_lm_eval_are_as_limited_as_its_tasks():
+    tables = TABLE.format("Tasks", "arc_easy", "0.47") + TABLE.format("Groups", "mmlu", "0.62")
+    tables += TABLE.format("Tasks", "piqa", "0.61")
+    found = splits(LIMITED.format("20.0") + tables)
+    assert found == {
+        ("arc_easy", "0.47"): "[:20]",
+        ("mmlu", "0.62"): "[:20]",
+        ("piqa", "0.61"): None,
+    }
+
+
+@pytest.mark.parametrize("between", ["# Full results\n", LIMITED.format("None")])
+def test_a_limit_ends_with_its_section_and_with_the_next_line_of_lm_eval(between):
+    text = LIMITED.format("20.0") + "(no table)\n\n" + between
+    assert splits(text + TABLE.format("Tasks", "piqa", "0.61")) == {("piqa", "0.61"): None}
+
+
+def test_a_score_told_twice_keeps_what_is_said_of_its_items():
+    front = (
+        "---\nmodel-index:\n- name: o\n  results:\n  - dataset: {name: arc_easy%s}\n"
+        "    metrics: [{type: acc, value: 0.47}]\n---\n"
+    )
+    table = LIMITED.format("20.0") + TABLE.format("Tasks", "arc_easy", "0.47")
+    assert splits(front % "" + table) == {("arc_easy", "0.47"): "[:20]"}
+    said = read_card(front % ", split: test" + table, "org/ours").claims
+    assert [c.split for c in said] == ["test", "[:20]"]
+
+
+def test_a_limited_score_does_not_contradict_one_of_all_items():
+    full, limited = (TABLE.format("Tasks", "piqa", value) for value in ("0.70", "0.61"))
+    found = read_card(LIMITED.format("20.0") + limited + full, "org/ours")
+    assert [(c.printed, c.split) for c in found.claims] == [("0.61", "[:20]"), ("0.70", None)]
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("limit", "split"),
+    [(-5, None), (0, None), ("1e300", None), (10**18, None), (0.0004, "[:0.04%]"), (5.5, "[:5]")],
+)
+def test_a_limit_is_taken_within_bounds(limit, split):
+    top = {"results": {"arc_easy": {"acc,none": 0.5}}, "config": {"limit": limit}}
+    (found,) = read_results(json.dumps(top), "r.json", "m").claims
+    assert found.split == split
+
+
+def test_a_limited_run_of_lighteval_is_about_the_first_items():
+    results = {"harness|arc:challenge|25": {"acc": 0.5}}
+    results |= {f"harness|hendrycksTest-{n}|5": {"acc": 0.5} for n in range(57)}
+    for limit, split in ((10, "[:10]"), (None, None)):
+        general = {"model_name": "a/b", "max_samples": limit}
+        top = {"results": results, "config_general": general}
+        claims = read_results(json.dumps(top), "r.json").claims
+        assert {c.benchmark: c.split for c in claims} == {"arc_challenge": split, "mmlu": split}
+
+
+@pytest.mark.parametrize("shots", [-5, 10**18])
+def test_impossible_numbers_of_examples_are_not_taken(shots):
+    text = (
+        "---\nmodel-index:\n- name: o\n  results:\n  - dataset: {name: piqa, args: "
+        f"{{num_few_shot: {shots}}}}}\n    metrics: [{{type: acc, value: 0.47}}]\n---\n"
+    )
+    (found,) = read_card(text, "org/ours").claims
+    assert found.shots is None
+    top = {"results": {"piqa": {"acc,none": 0.5}}, "n-shot": {"piqa": shots}}
+    (found,) = read_results(json.dumps(top), "r.json", "m").claims
+    assert found.shots is None
+
+
 def test_the_cards_own_model_is_found_by_name_or_none_is_taken():
     text = "| Model | MMLU |\n|---|---|\n| Base-7B | 61.0 |\n| {} | 62.5 |\n"
     for label in ("Ours-7B", "org/Ours-7B", "**[Ours-7B](https://x.y/z)** (this model)"):

@@ -447,6 +447,24 @@ def test_claims_with_ever_other_shots_are_not_all_run(place, part):
     assert judge(claims[-1], found.measured).verdict == "unverifiable"
 
 
+def test_usual_shots_that_are_claimed_late_are_run_and_what_is_cut_is_named(place, part):
+    study, split = part
+    told = {"metric": "acc", "split": split}
+    claims = [claim("arc_easy", 100, shots=n, **told) for n in (1, 2, 3, 4, 5, 6)]
+    found = rescore("m", place / "model", claims, place / "work", study)["arc_easy"]
+    assert 5 in {one.shots for one in found.measured}
+    assert 6 not in {one.shots for one in found.measured}
+    assert "Not tried, to save time: 6 shots" in found.why_not
+
+
+@pytest.mark.parametrize("more", [{"dtype": "4bit"}, {"split": "arc.jsonl[:10]"}])
+def test_nothing_is_searched_for_a_claim_that_no_run_here_can_settle(place, part, more):
+    given = claim("arc_easy", 100, **{"metric": "acc", "shots": 0, "split": part[1], **more})
+    found = rescore("m", place / "chat", [given], place / "work", part[0])["arc_easy"]
+    assert {(one.shots, one.chat_template) for one in found.measured} == {(0, False)}
+    assert judge(given, found.measured).verdict == "unverifiable"
+
+
 def test_a_part_of_the_items_widens_the_interval(place, study, truth):
     fewer, _ = first_items(study, 60)
     true = 100 * truth["arc_easy", "acc", None, 0].value
@@ -458,7 +476,7 @@ def test_a_part_of_the_items_widens_the_interval(place, study, truth):
     low, high = whole.ours["ci95"]
     assert high - low > 2 * (same.ours["ci95"][1] - same.ours["ci95"][0])
     assert whole.verdict in ("reproduced", "consistent")
-    assert "our run saw 60 of" in whole.why or whole.verdict == "reproduced"
+    assert "our run saw 60 items, not the 2,376" in whole.why or whole.verdict == "reproduced"
 
 
 def test_of_a_part_of_a_file_whose_items_are_not_counted_no_number_is_impossible(place, study):

@@ -7,14 +7,15 @@ import pytest
 
 from mergelab.audit import summary
 from mergelab.audit.averages import compare_claimed, judge_average
+from mergelab.audit.measured import Measured
 from mergelab.audit.noise import GENERATED, ROUNDING, USUAL, noise, spread
-from mergelab.audit.protocol import Measured, interval, unit
+from mergelab.audit.protocol import interval, unit
 from mergelab.audit.verdicts import UNVERIFIABLE, Verdict, judge
 from mergelab.claims.base import Claim
 
 N = 1172
 KEYS = {"value", "ci95", "n", "metric", "filter", "shots", "task", "task_version", "dtype"}
-KEYS |= {"lm_eval", "chat_template"}
+KEYS |= {"lm_eval", "chat_template", "fewshot_as_multiturn"}
 
 
 def claim(printed, benchmark="arc_challenge", percent=True, **more):
@@ -93,6 +94,12 @@ def test_no_number_of_hits_gives_an_impossible_score():
     assert found.grim == {"n": N, "fits": [], "possible": False}
     assert "46.76 (548) or 46.84 (549)" in found.why
     assert found.ours is not None
+
+
+def test_a_filter_that_the_task_does_not_have_is_named_as_the_wrong_label():
+    found = judge(claim("46.76", filter="strict-match"), [measured(548)])
+    assert found.explained_by == {"filter": None}
+    assert "It is what no filter gives" in found.why
 
 
 def test_without_a_run_the_number_of_items_is_a_guess_and_no_ground_to_accuse():
@@ -231,6 +238,92 @@ def test_a_gap_is_no_accusation_where_the_protocol_cannot_be_run(more, words):
     assert found.verdict == "unverifiable"
     assert words in found.why
     assert judge(claim("46.76", metric="acc", **more), [measured(548)]).verdict == "reproduced"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"split": split} for split in ("[:100]", "eval[:37]", "train_sft[:5%]", "validation")),
+        *({"task_version": "0"}, {"dtype": "4bit"}, {"chat_template": True}),
+    ],
+)
+def test_a_run_that_gives_the_number_by_chance_accuses_no_claim_that_cannot_be_run(more):
+    by_chance = [measured(550), measured(650, shots=0)]
+    found = judge(claim("55.46", metric="acc", shots=25, **more), by_chance)
+    assert (found.verdict, found.explained_by) == ("unverifiable", None)
+    assert "which cannot be run here" in found.why
+
+
+@pytest.mark.parametrize("printed", ["62.50", "97.50"])
+@pytest.mark.parametrize("split", ["[:40]", "test[:40]"])
+def test_first_items_are_the_same_by_either_name(printed, split):
+    part = measured(20, n=40, size=N, split="test[:40]")
+    found = judge(claim(printed, split=split), [part])
+    assert (found.verdict, found.grim["n"]) == ("not reproduced", 40)
+    assert "numerical noise" in found.why
+    assert "split" not in {row["field"] for row in found.protocol if split == "test[:40]"}
+    file = replace(part, split="mine.jsonl[:40]", whole=60)
+    assert judge(claim(printed, split="[:40]"), [file]).verdict == "unverifiable"
+
+
+def test_a_limit_above_the_number_of_items_is_none():
+    assert judge(claim("60.67", split="[:100000]"), [measured(548)]).verdict == "not reproduced"
+    assert judge(claim("60.67", split="[:1171]"), [measured(548)]).verdict == "unverifiable"
+
+
+def test_a_stated_usual_split_is_of_the_usual_size():
+    grown = measured(550, n=1180, size=1180)
+    assert judge(claim("46.84", split="test"), [grown]).verdict == "consistent"
+    assert judge(claim("46.84"), [grown]).verdict == "consistent"
+
+
+def test_a_file_of_more_items_than_usual_holds_others():
+    file = measured(1500, n=3000, size=N, whole=3000, split="mine.jsonl")
+    found = judge(claim("47.53"), [file])
+    assert found.verdict == "consistent"
+    assert "noise, and sampling: our run saw 3,000 items, not the 1,172" in found.why
+    assert judge(claim("47.53", split="mine.jsonl"), [file]).verdict == "not reproduced"
+    assert judge(claim("47.53", split="validation"), [file]).verdict == "consistent"
+    assert judge(claim("60.67", split="validation"), [file]).verdict == "unverifiable"
+
+
+def test_another_split_is_excused_by_sampling_and_says_so():
+    found = judge(claim("43.50", split="validation"), [measured(550)])
+    assert found.verdict == "consistent"
+    assert "(noise, and sampling: our run saw 1,172 other items)" in found.why
+
+
+def test_a_silent_claim_that_fits_after_a_search_is_told_how_many_values_there_were():
+    runs = [measured(500), measured(480, shots=5), measured(549, "acc_norm", shots=5)]
+    found = judge(claim("46.84"), runs)
+    assert found.verdict == "reproduced"
+    assert found.why.endswith(
+        "3 values were compared: the more there are, the likelier one fits by chance."
+    )
+    assert "compared" not in judge(claim("42.66"), runs).why
+
+
+@pytest.mark.parametrize(("printed", "percent"), [("1", False), ("0", False), ("1e2", True)])
+def test_a_bare_digit_is_no_rounded_share(printed, percent):
+    assert judge(claim(printed, percent=percent), [measured(700)]).verdict == "not reproduced"
+    assert judge(claim("0.6", percent=False), [measured(700)]).verdict == "reproduced"
+    loss = claim("8", "wikitext", percent=False, metric="word_perplexity")
+    assert unit(loss) == 1
+
+
+def test_what_was_not_run_has_no_wrong_label_and_grim_says_that_it_was_not_asked():
+    found = judge(claim("43.5", shots=10), [measured(550), measured(510, shots=0)])
+    assert found.verdict == "unverifiable"
+    assert "It is what 0 shots gives, but the claimed protocol was not run." in found.why
+    assert "label" not in found.why
+    part = measured(31, n=50, size=None, split="mine.csv[:50]")
+    assert "GRIM was not asked" in judge(claim("62.3", shots=3), [part]).why
+
+
+def test_our_run_says_whether_its_examples_were_turns():
+    joined = measured(548, chat_template=True, fewshot_as_multiturn=False)
+    assert judge(claim("46.76"), [joined]).ours["fewshot_as_multiturn"] is False
+    assert judge(claim("46.76"), [measured(548)]).ours["fewshot_as_multiturn"] is None
 
 
 def test_a_claim_about_the_chat_template_is_judged_by_the_run_with_it():

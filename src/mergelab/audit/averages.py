@@ -9,15 +9,15 @@ from typing import Any
 
 from mergelab import aggregates, items, published, score_table
 from mergelab.audit import protocol
-from mergelab.audit.protocol import EXACT, LOWER, SIZES, Measured
+from mergelab.audit.labels import label, percent
+from mergelab.audit.measured import SIZES, Measured
+from mergelab.audit.protocol import EXACT, LOWER
 from mergelab.audit.verdicts import (
     CONSISTENT,
     NOT_REPRODUCED,
     REPRODUCED,
     UNVERIFIABLE,
     Verdict,
-    label,
-    percent,
 )
 from mergelab.claims import names
 from mergelab.claims.base import Claim

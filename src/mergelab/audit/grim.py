@@ -8,8 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from mergelab import published
-from mergelab.audit import protocol
-from mergelab.audit.protocol import Measured
+from mergelab.audit.measured import Measured, counts, usual_size
 from mergelab.claims.base import Claim
 
 DIGITS = 10  # decimals of a percentage that are looked at: a float's own error is below
@@ -25,27 +24,26 @@ def sizes(claim: Claim, measured: Sequence[Measured]) -> set[int] | None:
     if claim.rescaled or not 0 <= claim.value <= 1:
         return set()
     if not measured:
-        return protocol.usual_size(claim) if claim.metric in (None, *RIGHT_OR_WRONG) else set()
+        return usual_size(claim) if claim.metric in (None, *RIGHT_OR_WRONG) else set()
     of_kind = [o for o in measured if claim.metric is None or o.metric == claim.metric]
     if any(o.hits is None for o in of_kind):
         return set()
     found: set[int] = set()
     for one in of_kind:
-        if protocol.may_be_split(claim, one.split):
-            own = protocol.counts(claim, one)
-            if own is None:
-                return None
-            found |= own
+        own = counts(claim, one)
+        if own is None:
+            return None
+        found |= own
     return found
 
 
-def possible(claim: Claim, counts: set[int]) -> dict[str, Any]:
+def possible(claim: Claim, numbers: set[int]) -> dict[str, Any]:
     """Could right or wrong answers to so many items give the number?
 
     Beside rounding, a number may be cut off, or printed with a 0 that was never measured."""
     text = _percentage(claim)
-    fits = {n: _hits(text, n) for n in sorted(counts, reverse=True)}
-    n = next((n for n, hits in fits.items() if hits), max(counts))
+    fits = {n: _hits(text, n) for n in sorted(numbers, reverse=True)}
+    n = next((n for n, hits in fits.items() if hits), max(numbers))
     return {"n": n, "fits": list(fits[n][:MOST_FITS]), "possible": bool(fits[n])}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.audit.averages import AVERAGE, compare_claimed, judge_average, rows_of
-from mergelab.audit.protocol import Measured
+from mergelab.audit.measured import Measured
 from mergelab.audit.rescore import Readings
 from mergelab.audit.target import Target
 from mergelab.audit.verdicts import Verdict, judge

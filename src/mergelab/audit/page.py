@@ -92,7 +92,8 @@ def _claim(claim: Audit) -> dict[str, Any]:
         for other in claim["alternatives"]
     ]
     shown["explained"] = [
-        f"{EXPLAINED.get(name, name.replace('_', ' '))}: {plain(value)}"
+        f"{EXPLAINED.get(name, name.replace('_', ' '))}: "
+        + ("none" if value is None else plain(value))
         for name, value in (claim["explained_by"] or {}).items()
     ]
     return {**claim, **shown}
@@ -111,13 +112,15 @@ EXPLAINED = {"fewshot_as_multiturn": "a turn for each example"}
 SETTINGS = {
     **{"metric": "metric", "filter": "filter", "shots": "shots", "n": "items", "task": "task"},
     **{"task_version": "task version", "dtype": "dtype", "chat_template": "chat template"},
+    **EXPLAINED,
     "lm_eval": "lm-eval",
 }
 
 
 def _settings(ours: Audit) -> list[tuple[str, str]]:
     """How we scored, as (name, value)."""
-    return [(SETTINGS[key], plain(ours.get(key))) for key in SETTINGS]
+    shown = [key for key in SETTINGS if key not in EXPLAINED or ours.get(key) is not None]
+    return [(SETTINGS[key], plain(ours.get(key))) for key in shown]
 
 
 def plain(value: Any) -> str:

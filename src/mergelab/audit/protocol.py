@@ -4,84 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from mergelab.audit.measured import OTHER, PART, SAME, Measured, drawn, extent
 from mergelab.audit.noise import COARSEST, ROUNDING
 from mergelab.claims.base import Claim
+from mergelab.claims.entries import own_unit
 from mergelab.statistics import Z95
 
 EXACT = 1e-9  # values closer than this are the same number
 MATCHED = ("metric", "filter", "shots", "chat_template")  # what a claim may say, and we may vary
+COARSE = 0.1  # the last digit of a share
 ONE_TURN = "all examples in one turn"
-SPLITS = ("train", "dev", "validation", "test")
 DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-# Items of test sets that are answered right or wrong, as lm-eval scores them: GRIM needs no run.
-# Of those in VALIDATION it scores the validation split.
-SIZES = {
-    "arc_challenge": 1172,
-    "arc_easy": 2376,
-    "boolq": 3270,
-    "gsm8k": 1319,
-    "hellaswag": 10042,
-    "medmcqa": 4183,
-    "medqa_4options": 1273,
-    "mmlu_anatomy": 135,
-    "mmlu_clinical_knowledge": 265,
-    "mmlu_college_biology": 144,
-    "mmlu_college_medicine": 173,
-    "mmlu_medical_genetics": 100,
-    "mmlu_professional_medicine": 272,
-    "openbookqa": 500,
-    "piqa": 1838,
-    "pubmedqa": 500,
-    "sciq": 1000,
-    "truthfulqa_mc1": 817,
-    "winogrande": 1267,
-}
 LOWER = re.compile(r"perplexity|bits_per_byte|\b(ppl|bpb|nll|loss|brier_score|wer|ter)\b", re.I)
-VALIDATION = ("boolq", "hellaswag", "medmcqa", "piqa", "truthfulqa_mc1", "winogrande")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One value that a run of ours gave: of one benchmark, metric, filter and number of shots.
-
-    `size` counts the items that claims are about which name no split (None: not known), `whole`
-    those of the split or file that the run is of; it saw `n`, those of `split` ("test",
-    "test[:150]", or DATASET/PART). `error`: standard error of sampling items; `spread` by dtype:
-    the standard deviation between this run and an honest one in that dtype. `hits`: items answered
-    right, None unless each is right or wrong and all count alike. `rescaled`: the value moved so
-    that guessing is 0, where a leaderboard says what guessing is, and `stretch` what that
-    multiplies differences by. `higher_is_better`: as the task says of its main metric, of others by
-    their names. `fewshot_as_multiturn`: is each example of a chat a turn of its own? None where
-    there are none."""
-
-    benchmark: str
-    task: str
-    metric: str
-    filter: str | None
-    shots: int
-    value: float
-    n: int
-    size: int | None
-    whole: int | None
-    split: str
-    error: float
-    spread: Mapping[str, float]
-    hits: int | None
-    task_version: str
-    dtype: str
-    lm_eval: str
-    chat_template: bool = False
-    fewshot_as_multiturn: bool | None = None
-    combine: str | None = None
-    rescaled: float | None = None
-    stretch: float = 1.0
-    higher_is_better: bool = True
-    record: str | None = None
 
 
 def matching(claim: Claim, measured: Sequence[Measured]) -> list[Measured]:
@@ -113,7 +52,7 @@ def obstacles(claim: Claim, one: Measured) -> list[str]:
         found.append("the chat template")
     if claim.dtype is not None and dtype_of(claim.dtype) is None:
         found.append(f"{claim.dtype} weights")
-    if _other_split(claim, one) or _part_of(claim.split, one.split):
+    if extent(claim, one) in (PART, OTHER):
         found.append(f"the split {claim.split} (here: {one.split})")
     return found
 
@@ -142,6 +81,7 @@ def differences(claim: Claim, one: Measured) -> list[dict[str, Any]]:
         said, ours = getattr(claim, name), getattr(one, name)
         same = said == ours or (name == "dtype" and dtype_of(said) == ours)
         same = same or (name == "task_version" and said and _same_version(said, ours))
+        same = same or (name == "split" and said and extent(claim, one) == SAME)
         if not same:
             rows.append({"field": name, "claimed": said, "ours": ours})
     return rows
@@ -150,13 +90,10 @@ def differences(claim: Claim, one: Measured) -> list[dict[str, Any]]:
 def interval(claim: Claim, one: Measured, *, sampling: bool = True) -> tuple[float, float]:
     """What an honest run of the claim's protocol gives in 95 of 100 cases.
 
-    The same items: only numerical noise, but an item at least. Items of which ours are a part, or
-    others: sampling them, too (the part's error shrinks with what it covers of the whole)."""
+    The same items: only numerical noise, but an item at least. Others, or a part of the claim's:
+    drawing them, too (see `drawn`)."""
     variance = one.spread[dtype_of(claim.dtype) or COARSEST] ** 2
-    if sampling and _other_split(claim, one):
-        variance += 2 * one.error**2
-    elif sampling and is_part(claim, one):
-        variance += one.error**2 * (1 - one.n / (one.size or math.inf))
+    variance += one.error**2 * drawn(claim, one) if sampling else 0.0
     half = Z95 * math.sqrt(variance)
     if one.hits is not None:
         half = max(half, 1 / one.n)
@@ -165,9 +102,13 @@ def interval(claim: Claim, one: Measured, *, sampling: bool = True) -> tuple[flo
     return value - half, value + half
 
 
-def is_part(claim: Claim, one: Measured) -> bool:
-    """Did the run see a part of the items that the claim is about?"""
-    return (one.size is None or one.n < one.size) and claim.split != one.split
+def rank(claim: Claim, one: Measured, *, sampling: bool = True) -> int:
+    """0: the printed number; 1: inside the interval; 2: neither."""
+    step, gap = unit(claim), value_of(claim, one) - claim.value
+    if abs(gap) <= step / 2 + EXACT or 0 <= gap < step - EXACT:  # rounded, or cut off
+        return 0
+    low, high = interval(claim, one, sampling=sampling)
+    return 1 if low - step / 2 - EXACT <= claim.value <= high + step / 2 + EXACT else 2
 
 
 def value_of(claim: Claim, one: Measured) -> float:
@@ -176,14 +117,17 @@ def value_of(claim: Claim, one: Measured) -> float:
 
 
 def unit(claim: Claim) -> float:
-    """What the last printed digit is worth, on the scale of the claim's value; nan if none is."""
+    """What the last printed digit is worth, on the scale of the claim's value; nan if none is.
+
+    Of a share at most COARSE: a bare 1 is no rounded 0.6."""
     try:
         exponent = Decimal(claim.printed).as_tuple().exponent
     except InvalidOperation:
         return math.nan
     if not isinstance(exponent, int):
         return math.nan
-    return 10.0**exponent / (100 if claim.percent else 1)
+    step = 10.0**exponent / (100 if claim.percent else 1)
+    return step if own_unit(claim.benchmark, claim.metric) else min(step, COARSE)
 
 
 def dtype_of(said: str | None) -> str | None:
@@ -193,42 +137,8 @@ def dtype_of(said: str | None) -> str | None:
     return plain if plain in ROUNDING else None
 
 
-def usual_size(claim: Claim) -> set[int]:
-    """Items of the test set that the benchmark is usually scored on, if the claim is about it."""
-    usual = "validation" if claim.benchmark in VALIDATION else "test"
-    known = claim.benchmark in SIZES and may_be_split(claim, usual)
-    return {SIZES[claim.benchmark]} if known else set()
-
-
-def counts(claim: Claim, one: Measured) -> set[int] | None:
-    """How many items the claim may be about, by a run of ours; None if that is not known."""
-    if claim.split == one.split:
-        return {one.n}
-    found = {one.n, one.whole, *usual_size(claim)}
-    found |= {one.size} if claim.split in (None, *SPLITS) else set()
-    known = {size for size in found if size is not None}
-    return known if known == found else None
-
-
-def may_be_split(claim: Claim, split: str) -> bool:
-    """Is the claim about this split, as far as it says?"""
-    return claim.split in (None, split, split.partition("[")[0])
-
-
 def _same_version(one: str, other: str) -> bool:
     try:
         return float(one) == float(other)
     except ValueError:
         return one == other
-
-
-def _part_of(said: str | None, ours: str) -> bool:
-    """Is a claim about some of the items that we saw ("test[:100]" of "test")?"""
-    whole, part, _ = (said or "").partition("[")
-    return bool(part) and said != ours and whole in ("", ours.partition("[")[0])
-
-
-def _other_split(claim: Claim, one: Measured) -> bool:
-    ours = one.split.partition("[")[0]
-    said = (claim.split or "").partition("[")[0]
-    return said in SPLITS and ours in SPLITS and said != ours

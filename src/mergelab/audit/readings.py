@@ -12,7 +12,8 @@ import numpy as np
 
 from mergelab import aggregates, items, task_build, task_data, task_files
 from mergelab.audit import noise
-from mergelab.audit.protocol import LOWER, SIZES, Measured
+from mergelab.audit.measured import SIZES, Measured
+from mergelab.audit.protocol import LOWER
 from mergelab.errors import UserError
 from mergelab.items import Table
 from mergelab.statistics import Z95, Floats

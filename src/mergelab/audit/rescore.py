@@ -27,9 +27,10 @@ from mergelab import (
 )
 from mergelab.audit import noise, ways
 from mergelab.audit.averages import AVERAGE
-from mergelab.audit.protocol import Measured, prompts
+from mergelab.audit.measured import Measured
+from mergelab.audit.protocol import prompts
 from mergelab.audit.readings import readings
-from mergelab.audit.verdicts import CONSISTENT, IMPOSSIBLE, NO_RUN, REPRODUCED, judge
+from mergelab.audit.verdicts import NO_RUN, settled
 from mergelab.claims.base import Claim
 from mergelab.errors import UserError
 from mergelab.record import digest
@@ -111,16 +112,17 @@ def _rescore(job: _Job, claims: Sequence[Claim]) -> Readings:
         bench = ways.benchmark(claims[0].benchmark, job.study, job.limit)
     except UserError as error:
         return Readings(why_not=str(error))
-    every = (ways.as_claimed(bench, claim, job.has_template) for claim in claims)
-    asked = list(dict.fromkeys(every))
+    ways_claimed = (ways.as_claimed(bench, claim, job.has_template) for claim in claims)
+    every = list(dict.fromkeys(ways_claimed))
+    asked = every[:MOST_RUNS]
     others = ways.confusions(bench, asked, job.has_template)
-    asked = asked[:MOST_RUNS]
     found, failed = _search(job, claims, asked, others[:MOST_MORE])
     why_not = [_failures(claims[0].benchmark, failed)] if failed else []
     if found and not job.has_template and any(claim.chat_template for claim in claims):
         why_not.append(f"{job.model} has no chat template.")
-    left = others[MOST_MORE:]
-    if found and left and not _settled(claims, found):
+    tried = (*asked, *others[:MOST_MORE])
+    left = [way for way in dict.fromkeys((*every, *others)) if way not in tried]
+    if found and left and not all(settled(claim, found) for claim in claims):
         why_not.append(f"Not tried, to save time: {'; '.join(map(_said, left))}.")
     shots = {one.num_fewshot for one in asked}
     chats_failed = any(way.chat_template and way.num_fewshot in shots for way, _ in failed)
@@ -135,7 +137,7 @@ def _search(
     found: tuple[Measured, ...] = ()
     failed: list[tuple[Benchmark, str]] = []
     for way in (*asked, *others):
-        if way in others and _settled(claims, found):
+        if way in others and all(settled(claim, found) for claim in claims):
             break
         if not found and all(way.chat_template != one.chat_template for one in asked):
             break  # what cannot be run plain cannot be run as chats
@@ -151,13 +153,6 @@ def _has_template(folder: Path) -> bool:
     with inference.quiet(offline=True), suppress(UserError):
         return inference.chat_template(inference.load_tokenizer(folder)) is not None
     return False
-
-
-def _settled(claims: Sequence[Claim], found: Sequence[Measured]) -> bool:
-    """Does every claim fit what was measured, or is it explained?"""
-    settled = (REPRODUCED, CONSISTENT, IMPOSSIBLE)
-    verdicts = (judge(claim, found) for claim in claims)
-    return all(one.verdict in settled or one.explained_by is not None for one in verdicts)
 
 
 def _failures(benchmark: str, failed: Sequence[tuple[Benchmark, str]]) -> str:

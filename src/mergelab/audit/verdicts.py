@@ -6,13 +6,24 @@ noise do (see noise.py), and sampling where our run saw other items, or a part o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mergelab.audit import protocol
 from mergelab.audit.grim import no_count, possible, sizes
-from mergelab.audit.protocol import EXACT, Measured
+from mergelab.audit.labels import (
+    Explanation,
+    chance,
+    explained_in_words,
+    explanation,
+    label,
+    listed,
+    percent,
+    unsaid,
+    words,
+)
+from mergelab.audit.measured import OTHER, Measured, drawn, extent, holds, total
 from mergelab.claims.base import Claim
 
 REPRODUCED, CONSISTENT, NOT_REPRODUCED = "reproduced", "consistent", "not reproduced"
@@ -42,15 +53,6 @@ class Verdict:
         }
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What a run did otherwise that gives the claimed number: `exact`, or near it."""
-
-    label: dict[str, Any]
-    run: Measured
-    exact: bool
-
-
 def judge(
     claim: Claim,
     measured: Sequence[Measured],
@@ -66,140 +68,62 @@ def judge(
     counts = sizes(claim, measured)
     grim = possible(claim, counts) if counts else None
     own = protocol.matching(claim, measured)
-    best = min(own, key=lambda one: _rank(claim, one), default=None)
-    explained = None
-    if best is None or _rank(claim, best) > 1:
-        explained = _explanation(claim, measured, own)
-    if grim is not None and not grim["possible"] and explained is None:
+    best = _best(claim, measured)
+    fits = best is not None and protocol.rank(claim, best) < 2
+    found = None if fits else explanation(claim, measured, own)
+    if grim is not None and not grim["possible"] and found is None:
         if not measured:
             return _does_not_fit(claim, grim, why_not)
         return _impossible(claim, grim, best, measured)
+    unable = _unable(claim, measured)
+    found = None if unable else found  # what cannot be run may differ by anything
+    uncounted = f" {UNCOUNTED}" if counts is None else ""
     if best is None:
-        return _unmatched(claim, grim, measured, explained, why_not)
-    verdict = (REPRODUCED, CONSISTENT, NOT_REPRODUCED)[_rank(claim, best)]
-    unable = protocol.obstacles(claim, best)
+        return _unmatched(claim, grim, measured, found, why_not, uncounted)
+    verdict = (REPRODUCED, CONSISTENT, NOT_REPRODUCED)[protocol.rank(claim, best)]
     unsure = protocol.untried(claim, best, measured, chats_failed)
-    if verdict == NOT_REPRODUCED and (unable or unsure) and explained is None:
+    if verdict == NOT_REPRODUCED and (unable or unsure) and found is None:
         verdict = UNVERIFIABLE
     why = _why(claim, best, verdict)
-    label = None if explained is None else explained.label
-    if explained is not None:
-        why += f" {_explained(explained)}{_chance(measured)}"
-    elif verdict in (REPRODUCED, CONSISTENT):
-        label = _unsaid(claim, best, own[0], measured) or None
-        why += f" The claim does not say so: {_listed(label)}.{_chance(own)}" if label else ""
+    label = None if found is None else found.label
+    if found is not None:
+        why += f" {explained_in_words(found)}{chance(measured)}"
+    elif fits:
+        label = unsaid(claim, best, own[0], measured) or None
+        why += f" The claim does not say so: {listed(label)}." if label else ""
+        why += chance(own) if best is not own[0] else ""
     elif verdict == UNVERIFIABLE:
         said = f"is about {' and '.join(unable)}, which cannot be"
         said = said if unable else f"may be about {unsure}, which was not"
         why += f" But the claim {said} run here."
-        why += "" if why_not == NO_RUN else f" {why_not}"
-    elif verdict == NOT_REPRODUCED and why_not != NO_RUN:
-        why += f" {why_not}"
-    if counts is None and verdict != REPRODUCED:
-        why += f" {UNCOUNTED}"
+    why += "" if fits or found is not None or why_not == NO_RUN else f" {why_not}"
     return replace(
         _with_ours(claim, best, measured),
         verdict=verdict,
-        why=why,
+        why=why + ("" if verdict == REPRODUCED else uncounted),
         grim=grim,
         explained_by=label,
     )
 
 
-def _unsaid(
-    claim: Claim, one: Measured, usual: Measured, measured: Sequence[Measured]
-) -> dict[str, Any]:
-    """What a run does otherwise than the usual one where the claim is silent: the chat template (or
-    its absence), and the turns of its examples."""
-    found: dict[str, Any] = {}
-    if claim.chat_template is None and one.chat_template != usual.chat_template:
-        found["chat_template"] = one.chat_template
-    name = "fewshot_as_multiturn"
-    turns = [getattr(other, name) for other in measured if getattr(other, name) is not None]
-    if getattr(one, name) is not None and getattr(one, name) != turns[0]:
-        found[name] = getattr(one, name)
-    return found
+def settled(claim: Claim, measured: Sequence[Measured]) -> bool:
+    """Has all been said of a claim, whatever else is run?"""
+    found = judge(claim, measured)
+    said = found.verdict in (REPRODUCED, CONSISTENT, IMPOSSIBLE) or found.explained_by is not None
+    return said or bool(_unable(claim, measured))
 
 
-def _rank(claim: Claim, one: Measured, *, sampling: bool = True) -> int:
-    """0: the printed number; 1: inside the interval; 2: neither."""
-    step, gap = protocol.unit(claim), protocol.value_of(claim, one) - claim.value
-    if abs(gap) <= step / 2 + EXACT or 0 <= gap < step - EXACT:  # rounded, or cut off
-        return 0
-    low, high = protocol.interval(claim, one, sampling=sampling)
-    return 1 if low - step / 2 - EXACT <= claim.value <= high + step / 2 + EXACT else 2
+def _best(claim: Claim, measured: Sequence[Measured]) -> Measured | None:
+    """The run as the claim says that comes closest, the usual protocol first."""
+    own = protocol.matching(claim, measured)
+    return min(own, key=lambda one: protocol.rank(claim, one), default=None)
 
 
-def _explanation(
-    claim: Claim, measured: Sequence[Measured], own: Sequence[Measured]
-) -> Explanation | None:
-    """The label under which the number is real: what differs, and the run that says so.
-
-    Few differences go before many, then the printed number before one that is near."""
-    found = []
-    for place, one in enumerate(measured):
-        for changed, scale in _scales(claim):
-            if not scale and one in own:
-                continue
-            rank = _rank(changed, one, sampling=False)
-            if rank < 2 and (changed.rescaled is False or one.rescaled is not None):
-                label = scale | _labels(claim, one)
-                label |= _unsaid(claim, one, (*own, *measured)[0], measured)
-                found.append(((len(label), rank, place), Explanation(label, one, rank == 0)))
-    best = min(found, key=lambda entry: entry[0], default=None)
-    return None if best is None else best[1]
-
-
-def _scales(claim: Claim) -> Iterator[tuple[Claim, dict[str, Any]]]:
-    """The claim as it stands, and as it may have been meant."""
-    yield claim, {}
-    yield replace(claim, rescaled=not claim.rescaled), {"rescaled": not claim.rescaled}
-    if claim.percent and claim.value * 100 <= 1:
-        fraction = replace(claim, value=claim.value * 100, percent=False)
-        yield fraction, {"scale": "a fraction, not a percentage"}
-    if not claim.percent and 1 < claim.value <= 100:
-        percent = replace(claim, value=claim.value / 100, percent=True)
-        yield percent, {"scale": "a percentage, not a fraction"}
-
-
-def _labels(claim: Claim, one: Measured) -> dict[str, Any]:
-    """What a run did otherwise than the claim says."""
-    said = {name: getattr(claim, name) for name in protocol.MATCHED}
-    labels = {n: getattr(one, n) for n, v in said.items() if v is not None and v != getattr(one, n)}
-    return {name: value for name, value in labels.items() if value is not None}
-
-
-def _explained(found: Explanation) -> str:
-    words = _listed(found.label)
-    if found.exact:
-        return f"It is what {words} gives: the number is real, but its label is wrong."
-    return f"It would fit {words} ({percent(found.run.value)}): its label may be wrong."
-
-
-def _chance(compared: Sequence[Measured]) -> str:
-    """What the search itself does to its result, in a sentence; "" if there was none."""
-    values = len({one.value for one in compared})
-    said = f" {values} values were compared: the more there are, the likelier one fits by chance."
-    return said if values > 1 else ""
-
-
-def _listed(label: dict[str, Any]) -> str:
-    return ", ".join(_words(name, value) for name, value in label.items())
-
-
-def _words(name: str, value: Any) -> str:
-    """A field of the protocol and its value, as said in a sentence."""
-    if name == "shots":
-        return f"{value} shot{'' if value == 1 else 's'}"
-    if name in ("metric", "scale"):
-        return str(value)
-    if name == "rescaled":
-        return "a rescaled score" if value else "a score that is not rescaled"
-    if name == "chat_template":
-        return "the chat template" if value else "a plain prompt"
-    if name == "fewshot_as_multiturn":
-        return "a turn for each example" if value else protocol.ONE_TURN
-    return f"{name} {value}"
+def _unable(claim: Claim, measured: Sequence[Measured]) -> list[str]:
+    """What of the claim none of our runs can show (see protocol.obstacles)."""
+    best = _best(claim, measured)
+    runs = measured if best is None else [best]
+    return min((protocol.obstacles(claim, one) for one in runs), key=len, default=[])
 
 
 def _impossible(
@@ -223,23 +147,28 @@ def _unmatched(
     claim: Claim,
     grim: dict[str, Any] | None,
     measured: Sequence[Measured],
-    explained: Explanation | None,
+    found: Explanation | None,
     why_not: str,
+    uncounted: str,
 ) -> Verdict:
     """Nothing was measured as the claim says."""
     names = ", ".join(dict.fromkeys(label(one) for one in measured))
     fields = {name: getattr(claim, name) for name in protocol.MATCHED}
-    said = [_words(name, value) for name, value in fields.items() if value is not None]
+    said = [words(name, value) for name, value in fields.items() if value is not None]
     said += ["a rescaled score"] if claim.rescaled else []
     why = why_not
     if measured:
         why = f"{claim.benchmark} was not measured as {' and '.join(said)}, only as: {names}."
         why += "" if why_not == NO_RUN else f" {why_not}"
-    found = Verdict(UNVERIFIABLE, why, grim, alternatives=tuple(map(_alternative, measured)))
-    if explained is None:
-        return found
-    why += f" {_explained(explained)}{_chance(measured)}"
-    return replace(found, why=why, explained_by=explained.label)
+    if found is not None:
+        why += f" {explained_in_words(found, ran=False)}{chance(measured)}"
+    return Verdict(
+        UNVERIFIABLE,
+        why + uncounted,
+        grim,
+        explained_by=None if found is None else found.label,
+        alternatives=tuple(map(_alternative, measured)),
+    )
 
 
 def _with_ours(claim: Claim, best: Measured, measured: Sequence[Measured]) -> Verdict:
@@ -248,6 +177,7 @@ def _with_ours(claim: Claim, best: Measured, measured: Sequence[Measured]) -> Ve
     named = ("n", "metric", "filter", "shots", "task", "task_version", "dtype", "lm_eval")
     ours = {"value": value, "ci95": [low, high], **{name: getattr(best, name) for name in named}}
     ours["chat_template"] = best.chat_template
+    ours["fewshot_as_multiturn"] = best.fewshot_as_multiturn
     return Verdict(
         UNVERIFIABLE,
         "",
@@ -273,10 +203,7 @@ def _why(claim: Claim, best: Measured, verdict: str) -> str:
     said = f"Our run gives {_show(claim, value)} ({label(best)}{count})"
     if verdict == REPRODUCED:
         return f"{said}: the printed number."
-    cause = "numerical noise"
-    if protocol.is_part(claim, best):
-        whole = "items, perhaps not all" if best.size is None else f"of {best.size:,} items"
-        cause = f"noise, and sampling: our run saw {best.n:,} {whole}"
+    cause = _cause(claim, best)
     reach = f"an honest run may give {_show(claim, low)} to {_show(claim, high)} ({cause})"
     if verdict == CONSISTENT:
         return f"{said}; {reach}, and {claim.printed} is inside."
@@ -286,15 +213,16 @@ def _why(claim: Claim, best: Measured, verdict: str) -> str:
     return f"{said}; {reach}, and {claim.printed} is {points} {side} ours."
 
 
-def label(one: Measured) -> str:
-    """A run in a few words."""
-    kind = one.metric if one.filter is None else f"{one.metric}, {one.filter}"
-    return f"{kind}, {protocol.prompts(one.shots, one.chat_template, one.fewshot_as_multiturn)}"
-
-
-def percent(value: float) -> str:
-    """A share in percent; other values as they are."""
-    return f"{100 * value:.2f} %" if -1 <= value <= 1 else f"{value:.4g}"
+def _cause(claim: Claim, best: Measured) -> str:
+    """What the interval excuses."""
+    size, seen = total(claim, best), f"noise, and sampling: our run saw {best.n:,}"
+    if not drawn(claim, best):
+        return "numerical noise"
+    if extent(claim, best) == OTHER:
+        return f"{seen} other items"
+    if size is None:
+        return f"{seen} items, perhaps not all"
+    return f"{seen} of {size:,} items" if holds(best, size) else f"{seen} items, not the {size:,}"
 
 
 def _show(claim: Claim, value: float) -> str:

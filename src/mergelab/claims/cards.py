@@ -12,7 +12,7 @@ from typing import Any
 
 from mergelab.claims import names
 from mergelab.claims.base import Claim
-from mergelab.claims.entries import Entry, Notes, percents_of, settle
+from mergelab.claims.entries import Entry, Notes, percents_of, settle, shots_of
 from mergelab.claims.numbers import PlainLoader, read_number
 from mergelab.claims.recipes import find_recipe
 from mergelab.claims.tables import read_tables, scores
@@ -154,7 +154,7 @@ def _metric(block: Map, dataset: Map, metric: Map, told: str, notes: Notes) -> E
         number,
         line,
         metric=kind,
-        shots=shots if isinstance(shots, int) and not isinstance(shots, bool) else None,
+        shots=shots_of(shots),
         split=_text(dataset, "split"),
         chat_template=template if isinstance(template, bool) else None,
         board=names.board_of(told, (published,)),

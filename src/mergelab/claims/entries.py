@@ -12,6 +12,8 @@ from mergelab.claims.base import Claim
 from mergelab.claims.numbers import OWN_UNITS, Printed, in_percent
 
 MOST_CLAIMS = 2_000  # of one source
+MOST_ITEMS = 1_000_000_000  # of a limit
+MOST_SHOTS = 1_000
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ][\d:.+Z-]{0,30})?\Z")
 
 
@@ -53,9 +55,17 @@ def own_unit(published: str, metric: str | None) -> bool:
     return bool(OWN_UNITS.search(f"{published} {metric or ''}"))
 
 
-def first_items(limit: float) -> str:
-    """The split of a run of lm-eval with a `limit`: a number of items, or a share of them."""
-    return f"[:{int(limit)}]" if limit >= 1 else f"[:{limit:.0%}]"
+def first_items(limit: float) -> str | None:
+    """The split of a run of lm-eval with a `limit`: a number of items, or a share of them; None of
+    what is no limit."""
+    if not 0 < limit < MOST_ITEMS:
+        return None
+    return f"[:{int(limit)}]" if limit >= 1 else f"[:{100 * limit:g}%]"
+
+
+def shots_of(value: Any) -> int | None:
+    """A number of examples, as a source says it; None if it is none."""
+    return value if type(value) is int and 0 <= value < MOST_SHOTS else None
 
 
 def percent_of(entries: Iterable[Entry]) -> bool:
@@ -134,6 +144,7 @@ def _keep(same: list[Claim], claim: Claim) -> None:
             shots = known.shots if claim.shots is None else claim.shots
             digits = claim if len(claim.printed) > len(known.printed) else known
             both = replace(known, shots=shots, metric=known.metric or claim.metric)
+            both = replace(both, split=known.split or claim.split)
             same[place] = replace(both, printed=digits.printed, value=digits.value)
             return
     same.append(claim)
@@ -141,9 +152,9 @@ def _keep(same: list[Claim], claim: Claim) -> None:
 
 def _says(known: Claim, claim: Claim) -> bool:
     """Are two claims one, up to digits and protocol that one of them leaves out?"""
-    same_shots = None in (claim.shots, known.shots) or claim.shots == known.shots
-    same_metric = None in (claim.metric, known.metric) or claim.metric == known.metric
-    if not (same_shots and same_metric and known.percent == claim.percent):
+    told = [(getattr(claim, name), getattr(known, name)) for name in ("shots", "metric", "split")]
+    alike = all(None in pair or pair[0] == pair[1] for pair in told)
+    if not alike or known.percent != claim.percent:
         return False
     unit = 10.0 ** -min(_decimals(claim.printed), _decimals(known.printed))
     return abs(claim.value - known.value) <= 0.5001 * unit / (100 if claim.percent else 1)
@@ -159,7 +170,10 @@ def _contradictions(claims: Sequence[Claim], notes: Notes) -> None:
     for claim in claims:
         if claim.benchmark == names.AVERAGE:
             continue
-        key = (claim.benchmark, claim.metric, claim.filter, claim.shots, claim.rescaled)
+        key = (
+            *(claim.benchmark, claim.metric, claim.filter, claim.shots),
+            *(claim.split, claim.rescaled),
+        )
         first = seen.setdefault(key, claim)
         if first is not claim:
             line = int(claim.source.rpartition(":")[2])

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergelab.claims import names
 from mergelab.claims.base import Claim
-from mergelab.claims.entries import MOST_CLAIMS, first_items, own_unit
+from mergelab.claims.entries import MOST_CLAIMS, first_items, own_unit, shots_of
 from mergelab.claims.numbers import Digits, Printed, read_number
 from mergelab.errors import UserError
 from mergelab.yamlfile import MAX_DEPTH
@@ -164,7 +164,7 @@ class _First(_Reader):
             told = names.metric_of(metric) or metric
             if board.metric == "exact_match" and told == "acc":
                 told = board.metric
-            more = {"shots": int(match[2]), "filter": board.filter}
+            more = {"shots": int(match[2]), "filter": board.filter, "split": self.part()}
             claim = self.claim(key, board.benchmark, told, value, **more)
             if claim is not None:
                 yield claim
@@ -178,9 +178,15 @@ class _First(_Reader):
             self.problems.append(f"{self.where}: {what}: no score of MMLU was taken.")
             return
         mean = sum(number.value for _, number in sorted(subjects.items())) / SUBJECTS
-        claim = self.claim("harness|hendrycksTest|5", "mmlu", "acc", mean, shots=shots)
+        more = {"shots": shots, "split": self.part()}
+        claim = self.claim("harness|hendrycksTest|5", "mmlu", "acc", mean, **more)
         if claim is not None:
             yield claim
+
+    def part(self) -> str | None:
+        """The items of each task of a run that was told to leave some out."""
+        limit = read_number(self.general.get("max_samples"))
+        return None if limit is None else first_items(limit.value)
 
 
 class _Second(_Reader):
@@ -208,7 +214,7 @@ class _Second(_Reader):
         known = "chat_template" in self.top or "chat_template_sha" in self.top
         return {
             "split": self.part(task),
-            "shots": shots if type(shots) is int else None,
+            "shots": shots_of(shots),
             "task_version": _version(version),
             "chat_template": bool(template) if known else None,
             "date": _day(self.top.get("date")),
@@ -223,9 +229,10 @@ class _Second(_Reader):
         seen, whole = counted.get("effective"), counted.get("original")
         if type(seen) is not int or type(whole) is not int or seen >= whole:
             return None
+        part = first_items(seen)
         settings = self.map(self.map(self.top, "configs"), task)
         told = settings.get("test_split") or settings.get("validation_split")
-        return f"{self.text(told, 40) or ''}{first_items(seen)}"
+        return f"{self.text(told, 40) or ''}{part}" if part else None
 
 
 def _version(value: Any) -> str | None:

@@ -24,11 +24,15 @@ _NO_SCORE = re.compile(
 _INTERVAL = re.compile(r"\b(ci|intervals?|confidence)\b", re.I)  # "95 % CI" is no sign of percent
 _VALUE = ("value", "score", "result", "results", "accuracy", "performance")
 _OF_LM_EVAL = {"version", "metric", "value"}  # columns of the tables that it prints
-_NAME = ("task", "tasks", "benchmark", "benchmarks", "metric", "dataset", "datasets", "eval")
+_NAME = (
+    *("task", "tasks", "groups", "benchmark", "benchmarks", "metric", "dataset", "datasets"),
+    "eval",
+)
 _LINK = re.compile(r"!?\[([^\[\]]{0,200})\]\([^()\s]{0,500}\)")
 _WORDS = re.compile(r"[\s,;:()\[\]]+")
 _HEADING = re.compile(r"#{1,6}\s+(.{1,200})")
-_LIMIT = re.compile(r"\blimit: (\d{1,9}(?:\.\d{1,9})?), num_fewshot: ")  # lm-eval's, above a table
+# What lm-eval says above a table.
+_LIMIT = re.compile(r"\blimit: (None|\d{1,9}(?:\.\d{1,9})?), num_fewshot: ")
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,16 @@ class Table:
 
 def read_tables(lines: Sequence[str], first: int, notes: Notes) -> Iterator[Table]:
     """The tables among the lines of a card's body; `first` is the number of its first line."""
-    heading, split, place, count = "", None, 0, 0
+    heading, place, count = "", 0, 0
+    split: str | None = None  # of the next table
+    last: str | None = None  # of the table before
     while place < len(lines):
         text = lines[place][:LONGEST_LINE]
         title = _HEADING.match(text)
-        heading = title[1].strip() if title else heading
+        if title:
+            heading, split, last = title[1].strip(), None, None
         if limit := _LIMIT.search(text):
-            split = first_items(float(limit[1]))
+            split, last = first_items(float(limit[1].replace("None", "0"))), None
         below = lines[place + 1] if place + 1 < len(lines) else ""
         if "|" not in text or not _is_rule(below):
             place += 1
@@ -64,8 +71,11 @@ def read_tables(lines: Sequence[str], first: int, notes: Notes) -> Iterator[Tabl
         end = place + 2
         while end < len(lines) and "|" in lines[end][:LONGEST_LINE]:
             end += 1
-        yield replace(_table(lines[place:end], first + place, heading, notes), split=split)
-        split, place = None, end
+        table = _table(lines[place:end], first + place, heading, notes)
+        if "groups" in map(_form, table.header):  # lm-eval prints it below that of its tasks
+            split = split or last
+        yield replace(table, split=split)
+        split, last, place = None, split, end
 
 
 def _is_rule(text: str) -> bool:
