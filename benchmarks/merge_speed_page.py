@@ -280,7 +280,8 @@ def holds(results: Results, number: dict[str, Any]) -> str:
 
 LEGEND = """
 - Each run is a whole process, start-up included: wall seconds (CPU seconds in parentheses). Runs
-  alternate; the floor and *mergelab later* are medians of {repeats}, the others one run.
+  alternate; the floor, *mergelab later*, and mergekit where it takes less than a minute, are
+  medians of {repeats}, the others one run.
 - Before each run, free memory is touched and given back: the host of a virtual machine takes free
   pages away, and whoever writes next would wait for them (seconds of a short run).
 - **first**: no input file was ever hashed before, so its sha256 is taken during this run;
