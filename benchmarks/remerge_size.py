@@ -52,7 +52,8 @@ LEGEND = f"""
   once, at the pace it has here. **cached**: processor seconds of all workers, all in the page
   cache; **read**: every byte once, 4 MB at a time; **read and hash**: with sha256, which every
   download and every merge takes.
-- What bounds it, in processor seconds (1.1e9 entries, about 3e9 cycles a second): start-up and the
+- What bounds it, in processor seconds, measured once, on 2026-11-22, and not again with these
+  tables (1.1e9 entries, two cores of about 3e9 cycles a second): start-up and the
   trial of whose numerics fit, 1; reading a base and three experts, 0.8 each time, and the published
   model, 0.9. Averages read all once. ties and breadcrumbs do so twice: histograms of three task
   vectors' magnitudes, 1.5, the merge, 2.1, which of equal entries were kept, 2. sce does three

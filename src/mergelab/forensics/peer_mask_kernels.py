@@ -48,7 +48,7 @@ def judge(
     p, o = np.empty(CHUNK, stored.dtype), np.empty(CHUNK, stored.dtype)
     sign, up, zero = np.empty(CHUNK, kind.dtype), kind.dtype.type(1), kind.dtype.type(0)
     z, apart, square, one = np.empty(CHUNK), np.empty(CHUNK), np.empty(CHUNK), np.ones(CHUNK)
-    scratch = np.empty((6, CHUNK), quick.dtype)
+    scratch, done = np.empty((5, CHUNK), quick.dtype), np.empty(CHUNK, np.uint8)
     parts = np.empty((2 * experts, CHUNK), quick.dtype)
     lanes, short = np.zeros((experts + 1, 6, LANES)), np.empty(LANES, kind.dtype)
     for start in range(0, size, CHUNK):
@@ -80,8 +80,8 @@ def judge(
             dot(square, one, count, lanes[m, 0])
             dot(square, square, count, lanes[m, 1])
         if plan[6] != 0:
-            try_subsets(base, tau, p, weights, plan, count, scratch, parts)
-            moments[experts, 3] += unexplained(base, tau, p, weights, plan, count, scratch[3])
+            try_subsets(base, tau, p, weights, plan, count, scratch, parts, done)
+            moments[experts, 3] += unexplained(base, tau, p, weights, plan, count, done)
     for m in range(experts + 1):
         for k in range(6):
             moments[m, k] += lanes_total(lanes[m, k])

@@ -9,6 +9,7 @@ import numpy as np
 
 from mergelab.kernels import kernel
 from mergelab.methods.base import Array
+from mergelab.methods.consensus import NO_WEIGHT
 
 MARGIN = 2.0**-8  # of an entry's room that is left to the slow way
 SLACK, WIDE_SLACK = 2.0**-16, 2.0**-40  # how far sums in float32 and float64 are trusted
@@ -24,16 +25,18 @@ def try_subsets(
     count: int,
     scratch: Array,
     parts: Array,
+    done: Array,
 ) -> None:
-    """Mark in scratch[3] which entries of a chunk some subset surely explains; see `explain`.
+    """Mark in `done` which entries of a chunk some subset surely explains; see `explain`.
 
     Where signs are elected, only those parts are tried that move an entry the way it went. Subsets
     follow each other so that one part is added or taken away at a time. The sums are trusted
-    so far only: entries that are explained by a hair are left unmarked."""
-    merged, share, gap = scratch[0], scratch[1], scratch[2]
-    done, room, slack = scratch[3], scratch[4], scratch[5]
+    so far only: entries that are explained by a hair are left unmarked. (Where float64 numbers are
+    to fit to their last bits, `explain` rounds as much: a hair may then go either way.)
+    scratch (5, CHUNK): sums of parts, of their weights, and what `prepare` fills in."""
+    merged, share, gap, room, slack = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     experts, zero, scale = tau.shape[0], scratch.dtype.type(0), scratch.dtype.type(plan[3])
-    prepare(base, tau, published, weights, plan, count, scratch, parts)
+    prepare(base, tau, published, weights, plan, count, gap, room, slack, parts)
     rest = scratch.dtype.type(1 if plan[1] == 0 else plan[2])
     fixed = plan[1] == 0 or plan[0] == 0
     for i in range(count):
@@ -101,23 +104,25 @@ def prepare(
     weights: Array,
     plan: Array,
     count: int,
-    scratch: Array,
+    gap: Array,
+    room: Array,
+    slack: Array,
     parts: Array,
 ) -> None:
     """Fill in what `try_subsets` needs: parts and weights (2 N), gaps, room and slack."""
-    gap, room, slack = scratch[2], scratch[4], scratch[5]
-    experts, zero = tau.shape[0], scratch.dtype.type(0)
+    number, experts = gap.dtype.type, tau.shape[0]
+    zero = number(0)
     for i in range(count):
-        gap[i] = base[i] - published[i]
+        gap[i] = number(base[i]) - number(published[i])
         room[i] = zero
-    way = scratch.dtype.type(-1 if plan[3] < 0 else 1)
+    way = number(-1 if plan[3] < 0 else 1)
     for m in range(experts):
         part, weight, row = parts[m], parts[experts + m], tau[m]
         factor, error = (
-            scratch.dtype.type(weights[0, m]),
-            scratch.dtype.type(weights[2, m] + plan[4]),
+            number(weights[0, m]),
+            number(weights[2, m] + plan[4]),
         )
-        own = scratch.dtype.type(0 if plan[1] == 0 or plan[0] == 0 else weights[1, m])
+        own = number(0 if plan[1] == 0 or plan[0] == 0 else weights[1, m])
         for i in range(count):
             part[i] = factor * row[i]
         for i in range(count):
@@ -127,12 +132,13 @@ def prepare(
                 part[i] = part[i] if part[i] * gap[i] * way < 0 else zero
         for i in range(count):
             weight[i] = own if part[i] != 0 else zero
-    gain, rounding = scratch.dtype.type(abs(plan[3]) * plan[5]), scratch.dtype.type(plan[4])
-    close = scratch.dtype.type(1 - MARGIN)
-    slip = SLACK if scratch.itemsize == 4 else WIDE_SLACK
-    trust = scratch.dtype.type(slip * abs(plan[3]) / plan[4])  # errors are no less than plan[4]
+    gain, rounding = number(abs(plan[3]) * plan[5]), number(plan[4])
+    close = number(1 - MARGIN)
+    slip = SLACK if gap.itemsize == 4 else WIDE_SLACK
+    least = weights[2].min() + plan[4]  # of a part's relative errors: bounds the sum of all parts
+    trust = number(slip * abs(plan[3]) / least)
     for i in range(count):
-        slack[i] = trust * room[i] + scratch.dtype.type(1e-30)
+        slack[i] = trust * room[i] + number(1e-30)
     for i in range(count):
         room[i] = close * (gain * room[i] + rounding * (abs(base[i]) + abs(published[i])))
 
@@ -141,11 +147,12 @@ def prepare(
 def explain(base: float, tau: Array, given: float, weights: Array, plan: Array) -> bool:
     """Is an entry the base plus what some subset of the task vectors' entries (N) gives?
 
-    Its sum may be off by `error`, and the entry by `room`."""
+    Its sum may be off by `error`, and the entry by `room`; by more where elected weights nearly
+    cancel, and are divided by. Sums of weights below NO_WEIGHT are not."""
     experts, error = tau.shape[0], 0.0
     for m in range(experts):
         error += abs(weights[0, m] * tau[m]) * (weights[2, m] + plan[4])
-    room = abs(plan[3]) * plan[5] * error + plan[4] * (abs(np.float64(base)) + abs(given))
+    room = plan[4] * (abs(np.float64(base)) + abs(given))
     for subset in range((1 << experts) - 1, -1, -1):
         vote = 0.0
         for m in range(experts):
@@ -154,7 +161,7 @@ def explain(base: float, tau: Array, given: float, weights: Array, plan: Array) 
         for sign in (1.0, -1.0):
             if vote * sign < -error:
                 continue
-            merged, share = 0.0, 0.0
+            merged, share, gain = 0.0, 0.0, plan[5]
             for m in range(experts):
                 part = weights[0, m] * tau[m]
                 if (subset >> m) & 1 and (plan[0] == 0 or part * sign > 0):
@@ -162,7 +169,8 @@ def explain(base: float, tau: Array, given: float, weights: Array, plan: Array) 
                     share += weights[1, m]
             if plan[1] != 0:
                 divisor = plan[2] if plan[0] == 0 else share
-                merged = merged / (divisor if divisor != 0 else 1.0)
-            if abs(base + plan[3] * merged - given) <= room:
+                divisor = divisor if abs(divisor) >= NO_WEIGHT else 1.0
+                merged, gain = merged / divisor, max(gain, 1 / abs(divisor))
+            if abs(base + plan[3] * merged - given) <= abs(plan[3]) * gain * error + room:
                 return True
     return False

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.blocks import TensorMerge
+from mergelab.blocks import Buffers, Files, TensorMerge
 from mergelab.checkpoint import BITS, Tensor, to_float
 from mergelab.forensics.peer_mask_kernels import add_flips, add_sizes, judge
 from mergelab.forensics.peer_merge import recast
-from mergelab.forensics.remerge_tally import DIGITS, LEAST, Array, Tally
-from mergelab.methods.base import Block, Settings, Stats
+from mergelab.forensics.remerge_tally import DIGITS, LEAST, Array, Tally, not_finite, numbers
+from mergelab.methods.base import Block, Method, Settings, Stats
 from mergelab.methods.consensus import NO_WEIGHT
 from mergelab.methods.sparsify import factors
 from mergelab.writer import Planned
@@ -36,6 +36,7 @@ COMMON = 4  # of them common to all entries: of a weight, and of a factor's two 
 UNEXPLAINED = 2.0**-10  # share of entries that may be beyond these bounds
 WIDE = 2.0**-12  # relative errors from which on sums in float32 are near enough
 ELECTS = ("dare_ties", "della")
+NOT_FINITE = "its sources hold entries that are infinite or no number, which spoil random masks"
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Masked(Tally):
 
     bias, luck: by how much a factor may be off through rounding, and through its mask, relative;
     weights (N): what the experts enter with, before a division by their sum; flips (2): see
-    `add_flips`.
+    `add_flips`; broken: entries that are not finite where no mask makes them so.
     """
 
     moments: Array = field(default_factory=lambda: np.zeros((1, 7)))
@@ -53,57 +54,80 @@ class Masked(Tally):
     elects: bool = False
     bias: float = 0.0
     luck: float = 0.0
+    broken: int = 0
 
     def square(self) -> float:
         return float(self.moments[-1, 5])
 
 
-def compare(checker: Checker, tensor: Planned, published: Tensor) -> Masked:
-    """Judge one tensor: what rounding and chance allow is 'other mask', all else 'different'."""
-    work, merge = checker.work(tensor), Sizing(checker.merge(tensor))
+def compare(checker: Checker, tensor: Planned, published: Tensor) -> Tally:
+    """Judge one tensor: what rounding and chance allow is 'other mask', all else 'different'.
+
+    Where sources hold entries that are not finite, they spoil factors: nothing can be told."""
+    merge = Sizing(checker.method, tensor, checker.seed, checker.files, checker.buffers)
     stats = merge.survey()
-    settings, method, count = tensor.settings, merge.method, len(tensor.experts)
+    if not np.isfinite(merge.sizes()[0]).all():
+        plain = checker.ours(tensor, published)
+        plain.undecided = NOT_FINITE
+        return plain
+    work, count = checker.work(tensor), len(tensor.experts)
     weights = strengths(merge, stats)
     tally = Masked(
         tensor,
         published,
         moments=np.zeros((count + 1, count + 6)),
-        weights=weights[1] * float(settings.shared["lambda"]),
+        weights=weights[1] * float(tensor.settings.shared["lambda"]),
         luck=float(weights[2].max()),
         bias=COMMON * 2.0 ** -(DIGITS[work] + 1),
-        elects=method.name in ELECTS,
+        elects=merge.method.name in ELECTS,
     )
-    plan = endings(settings, method.name, work, published.dtype)
-    edge = DIGITS[tally.coarse], LEAST[tally.coarse], ROUNDINGS * 2.0 ** -(DIGITS[work] + 1)
-    wide = "F64" if merge.kind == BITS["F64"] else "F32"
-    kind = np.empty(0, BITS[wide])
-    stored = np.empty(0, "<f8" if published.dtype == "F64" else "<f4")
-    quick = np.empty(0, "<f4" if kind.itemsize == 4 and plan[4] > WIDE else "<f8")
-    for block in merge.blocks():
-        exact = np.empty(block.values.shape[1], kind.dtype)
-        method.merge(block, settings, stats, {}, exact)
-        bits = recast(exact, wide, tensor.dtype, published.dtype)
-        given = tally.given[block.start : block.start + len(bits)]
-        merged = numbers(given, published.dtype), numbers(bits, published.dtype)
-        tally.compare(bits, given, *merged, stored)
-        judge(block.values, *merged, weights, plan, tally.moments, kind, stored, quick)
-        add_flips(block.values, exact, merged[1], stored, *edge, tally.flips)
+    look(tally, merge, stats, weights, work)
     tally.mask = judged([tally])
     return tally
 
 
-def numbers(bits: Array, dtype: str) -> Array:
-    """Stored entries (S) as kernels decode them (1, S)."""
-    return (bits if dtype != "F16" else to_float(bits, dtype, "<f4"))[None]
+def look(tally: Masked, merge: Sizing, stats: Stats, weights: Array, work: str) -> None:
+    """Read the tensor and note what it holds."""
+    tensor, stored_as, settings = tally.tensor, tally.published.dtype, tally.tensor.settings
+    plan = endings(settings, merge.method.name, work, stored_as)
+    error = ROUNDINGS * 2.0 ** -(DIGITS[work] + 1)
+    edge = DIGITS[tally.coarse], LEAST[tally.coarse], error
+    limit = min(2.0 ** -LEAST[dtype] for dtype in (work, tensor.dtype, stored_as))
+    wide = "F64" if merge.kind == BITS["F64"] else "F32"
+    kind = np.empty(0, BITS[wide])
+    stored = np.empty(0, "<f8" if stored_as == "F64" else "<f4")
+    quick = np.empty(0, "<f4" if kind.itemsize == 4 and plan[4] > WIDE else "<f8")
+    for block in merge.blocks():
+        exact = np.empty(block.values.shape[1], kind.dtype)
+        merge.method.merge(block, settings, stats, {}, exact)
+        bits = recast(exact, wide, tensor.dtype, stored_as)
+        given = tally.given[block.start : block.start + len(bits)]
+        merged = numbers(given, stored_as), numbers(bits, stored_as)
+        tally.compare(bits, given)
+        judge(block.values, *merged, weights, plan, tally.moments, kind, stored, quick)
+        add_flips(block.values, exact, merged[1], stored, *edge, tally.flips)
+        at = np.flatnonzero(not_finite(given, stored_as))
+        tally.broken += broken(block.values[:, at], weights, plan, limit) if len(at) else 0
+
+
+def broken(values: Array, weights: Array, plan: Array, limit: float) -> int:
+    """How many entries of finite sources (N + 1, S), infinite or NaN where published, are smaller
+    than a limit, whatever mask they have, so that none overflows."""
+    wide = to_float(values, "BF16" if values.dtype == np.uint16 else "F32", "<f8")
+    with np.errstate(over="ignore"):
+        parts = np.abs(weights[0]) @ np.abs(wide[1:] - wide[0])
+    return int(np.count_nonzero(np.abs(wide[0]) + abs(plan[3]) * plan[5] * parts < limit))
 
 
 class Sizing(TensorMerge):
-    """Another's merge; the first time it reads, it adds up the task vectors' L1 norms and squared
-    lengths (N)."""
+    """A merge that adds up the task vectors' L1 norms and squared lengths (N) when it first
+    reads."""
 
-    def __init__(self, merge: TensorMerge) -> None:
-        self.__dict__.update(merge.__dict__)
-        self.norms, self.squares = np.zeros((2, len(merge.tensor.experts)))
+    def __init__(
+        self, method: Method, tensor: Planned, seed: int, files: Files, buffers: Buffers
+    ) -> None:
+        super().__init__(method, tensor, seed, files, buffers, lenient=True)
+        self.norms, self.squares = np.zeros((2, len(tensor.experts)))
         self.sized = False
 
     def blocks(self) -> Iterator[Block]:
@@ -175,7 +199,7 @@ def judged(tallies: Sequence[Masked]) -> dict[str, Any]:
     unexplained = float(moments[:, -1, 3].sum())
     fits = max(*weights, density) <= DEVIATIONS and unexplained <= max(1.0, UNEXPLAINED * size)
     return {
-        "fits": bool(fits),
+        "fits": bool(fits and not any(tally.broken for tally in tallies)),
         "unexplained": unexplained / max(1, size),
         "weight_deviations": weights,
         "density_deviations": density,

@@ -90,6 +90,10 @@ class Simulation(ABC):
         """Which entries of the last block may hold the published bits `given` besides (S)."""
         return np.zeros(len(given), bool)
 
+    def untried(self, at: Array) -> Array:
+        """Which entries `at` of the last block may be another choice that `settle` did not try."""
+        return np.zeros(len(at), bool)
+
     def miscounted(self) -> str:
         """What is wrong with the number of entries kept, once all blocks are settled."""
         return ""

@@ -66,6 +66,10 @@ class Choosing(Simulation):
                 allowed[some] = self.explained(some, given[some], picks)
         return allowed
 
+    def untried(self, at: Array) -> Array:
+        free: Array = self.free[at] != 0
+        return free if len(self.kept) > FREE else np.zeros(len(at), bool)
+
     def explained(self, at: Array, given: Array, picks: Iterable[tuple[bool, ...]]) -> Array:
         """Which entries `at` are what one of the picks of groups gives that keep theirs; counted.
 

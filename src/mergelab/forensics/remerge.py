@@ -168,21 +168,15 @@ class _Remerge:
         whole = not self.missing and not self.extra
         verdicts = {tally.verdict for tally in tallies}
         masks = peer_masks.together(tallies)
-        if wrong or not whole or (masks and not masks["fits"]):
+        fits = whole and (not masks or masks["fits"])
+        if wrong or not fits:
             verdict = "different"
         else:
             ranked = ("other mask", "rounding only", "exact")
             verdict = next(v for v in ranked if v in verdicts)
         why = self.why(verdict, tallies, wrong)
-        if wrong and whole and all(map(self.perhaps, wrong)):
-            verdict = "unverifiable"
-            works = sorted({NAMES[self.checker.work(tally.tensor)] for tally in wrong})
-            why = (
-                f"{len(wrong)} of {len(tallies)} tensors differ by no more than rounding, or a "
-                "choice among equal magnitudes, may; but mergekit's arithmetic of "
-                f"{self.plan.recipe.method.name} in {', '.join(works)} is not followed: such "
-                "differences may be its own, or small changes"
-            )
+        if wrong and fits and all(map(self.perhaps, wrong)):
+            verdict, why = "unverifiable", self.doubt(tallies, wrong)
         bad = [entry for entry in entries if not entry["equal"]]
         badness = {"different": 0, "other mask": 1, "rounding only": 2}
         bad.sort(key=lambda e: (badness[e["verdict"]], -e["relative_error"], e["tensor"]))
@@ -203,6 +197,8 @@ class _Remerge:
     def perhaps(self, tally: Tally) -> bool:
         """May differences come from a program whose arithmetic is not followed?"""
         method, tensor = self.plan.recipe.method, tally.tensor
+        if tally.undecided:
+            return True
         if method.random or tensor.dtype not in FLOATS:
             return False
         work, followed = self.checker.work(tensor), SIMULATED.get(method.name)
@@ -211,6 +207,21 @@ class _Remerge:
         if followed and issubclass(followed, Choosing) and not tensor.copied:
             return not tally.far
         return tally.relative <= LOOSE[work]
+
+    def doubt(self, tallies: list[Tally], wrong: list[Tally]) -> str:
+        """Why it cannot be told whether different tensors fit."""
+        if told := [tally for tally in wrong if tally.undecided]:
+            return (
+                f"{len(wrong)} of {len(tallies)} tensors differ, as {told[0].tensor.name} does, "
+                f"where nothing can be told: {told[0].undecided}"
+            )
+        works = sorted({NAMES[self.checker.work(tally.tensor)] for tally in wrong})
+        return (
+            f"{len(wrong)} of {len(tallies)} tensors differ by no more than rounding, or a "
+            "choice among equal magnitudes, may; but mergekit's arithmetic of "
+            f"{self.plan.recipe.method.name} in {', '.join(works)} is not followed: such "
+            "differences may be its own, or small changes"
+        )
 
     def named(self, numerics: str) -> str:
         """'mergelab', or 'mergekit 0.1.5, bfloat16'."""

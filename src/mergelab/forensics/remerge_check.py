@@ -25,6 +25,7 @@ from mergelab.writer import Planned
 
 OURS = "mergelab"
 STEPS = 4  # operations of a merge, besides two per expert, that each round once
+MANY = "they are of equal magnitude at a cut, and of so many experts not all choices are tried"
 STRAY_ULPS = 2  # by which a stray in 16-bit arithmetic may be off, at the scale of its terms
 
 
@@ -105,14 +106,16 @@ class Checker:
         for start, bits in made.blocks():
             self.explain(tally, made, bits, tally.differ(start, bits), start)
         tally.miscounted = made.miscounted()
+        tally.undecided = MANY if tally.untried and not tally.wrong else ""
         return tally
 
     def explain(self, tally: Tally, made: Simulation, bits: Array, at: Array, start: int) -> None:
         """Count the differing entries `at` of a block: other choices, strays, and what is off."""
         given = tally.given[start : start + len(bits)]
-        chosen = made.settle(given)[at]
+        chosen, untried = made.settle(given)[at], made.untried(at)
         tally.chosen += int(np.count_nonzero(chosen))
-        at = at[~chosen]
+        tally.untried += int(np.count_nonzero(untried))
+        at = at[~(chosen | untried)]
         if not len(at):
             return
         expected, stored = tally.floats(bits[at]), tally.floats(given[at])

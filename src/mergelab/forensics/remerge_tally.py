@@ -33,7 +33,8 @@ class Tally:
     ee, pe, dd: squared length of the expected tensor and dot product with the published one, both
     less the published one's squared length; squared length of the difference. relative: the
     latter's root by the expected length, once `entry` was asked for. miscounted: what is wrong
-    with the number of entries kept, if anything."""
+    with the number of entries kept, if anything. untried: differing entries that may be another
+    choice that was not tried, left out too; undecided: why nothing can be told of differences."""
 
     tensor: Planned
     published: Tensor
@@ -49,6 +50,8 @@ class Tally:
     relative: float = 0.0
     mask: dict[str, Any] | None = None
     miscounted: str = ""
+    undecided: str = ""
+    untried: int = 0
 
     @property
     def size(self) -> int:
@@ -70,11 +73,16 @@ class Tally:
         """'exact', 'rounding only', 'other mask' or 'different'."""
         if self.mask is not None:
             return "other mask" if self.mask["fits"] else "different"
-        allowed = max(1.0, STRAY * self.size) if self.narrow else self.size
-        if self.off or self.miscounted or self.differing > allowed:
+        if self.wrong or self.untried:
             return "different"
         unequal = self.differing or self.chosen or self.converted
         return "rounding only" if unequal else "exact"
+
+    @property
+    def wrong(self) -> bool:
+        """Do entries differ that were looked into, by more than rounding?"""
+        allowed = max(1.0, STRAY * self.size) if self.narrow else self.size
+        return bool(self.off or self.miscounted or self.differing > allowed)
 
     @property
     def share(self) -> float:
@@ -89,8 +97,7 @@ class Tally:
     def differ(self, start: int, bits: Array) -> Array:
         """Where a block of expected bits (S) differs from the published ones."""
         given = self.given[start : start + len(bits)]
-        at: Array = np.flatnonzero(unsigned(bits) != unsigned(given))
-        return at
+        return np.flatnonzero(unsigned(bits) != unsigned(given))
 
     def fold(self, bits: Array, given: Array) -> None:
         """Add differing entries, expected and published bits, to the squares and products."""
@@ -126,14 +133,12 @@ class Tally:
             self.fold(bits, given)
             self.max_ulp = max(self.max_ulp, steps(bits, given, self.published.dtype))
 
-    def compare(
-        self, bits: Array, given: Array, expected: Array, published: Array, stored: Array
-    ) -> None:
-        """Note a block (S) of which many entries differ: bits, and how `decode` takes them (1, S).
-
-        stored: empty, of the type of their numbers."""
-        sums = np.zeros(2)
-        found = add_differences(unsigned(given), unsigned(bits), published, expected, sums, stored)
+    def compare(self, bits: Array, given: Array) -> None:
+        """Note a block (S) of floats of which many differ: expected and published bits."""
+        sums, dtype = np.zeros(2), self.published.dtype
+        published, expected = numbers(given, dtype), numbers(bits, dtype)
+        wide = np.empty(0, "<f8" if dtype == "F64" else "<f4")
+        found = add_differences(unsigned(given), unsigned(bits), published, expected, sums, wide)
         self.differing += int(found[0])
         self.max_ulp = max(self.max_ulp, int(found[1]))
         self.ee, self.pe, self.dd = (
@@ -149,7 +154,7 @@ class Tally:
         lengths = math.sqrt(max(0.0, pp * ee))
         cosine = max(-1.0, min(1.0, pe / lengths)) if lengths else None
         same = not self.dd
-        self.relative = 0.0 if same else math.sqrt(self.dd / max(ee, 1e-300))
+        self.relative = 0.0 if same else math.sqrt(self.dd) / math.sqrt(max(ee, 1e-300))
         return {
             "tensor": self.tensor.name,
             "layer": split_layer(self.tensor.name)[1],
@@ -214,6 +219,17 @@ def add_differences(
     for k in range(2):
         sums[k] += lanes_total(lanes[k])
     return differing, int(farthest)
+
+
+def numbers(bits: Array, dtype: str) -> Array:
+    """Stored entries (S) as kernels decode them (1, S)."""
+    return (to_float(bits, dtype, "<f4") if dtype == "F16" else bits)[None]
+
+
+def not_finite(bits: Array, dtype: str) -> Array:
+    """Which stored floats are infinite or NaN (S)."""
+    full = (1 << (8 * bits.dtype.itemsize - 1)) - (1 << DIGITS[dtype])
+    return np.asarray((unsigned(bits) & full) == full)
 
 
 def unsigned(bits: Array) -> Array:

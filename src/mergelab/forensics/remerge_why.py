@@ -161,17 +161,26 @@ def _first(checker: Checker, tensor: Planned, count: int) -> Array:
 
 
 def _weights(checker: Checker, tally: Tally, published: Array, names: list[str]) -> str | None:
-    """Least squares of published and expected entries over the models: whose weight is another?"""
+    """Least squares of published and expected entries over the models: whose weight is another?
+
+    Of entries that are finite everywhere."""
     tensor, stop = tally.tensor, len(published)
     models = np.array([source.floats(0, stop, "<f8") for source in tensor.sources])
     expected = _first(checker, tensor, stop)
-    published, models = published[: len(expected)], models[:, : len(expected)]
+    stop = len(expected)
+    whole = np.isfinite([published[:stop], expected, *models[:, :stop]]).all(axis=0)
+    if not whole.any():
+        return None
+    published, expected, models = (
+        published[:stop][whole],
+        expected[whole],
+        models[:, :stop][:, whole],
+    )
     if tensor.base:
         published, expected = published - models[0], expected - models[0]
         models, names = models[1:] - models[0], names[1:]
-    noise = float(
-        np.linalg.norm(ulp(tally.published.floats(0, len(published), "<f8"), tally.coarse))
-    )
+    rounding = ulp(tally.published.floats(0, stop, "<f8")[whole], tally.coarse)
+    noise = float(np.linalg.norm(rounding))
     found, wanted = (np.linalg.lstsq(models.T, y, rcond=None)[0] for y in (published, expected))
     left = published - found @ models - (expected - wanted @ models)
     change = expected if tensor.base else models - models.mean(axis=0)
