@@ -242,6 +242,22 @@ def test_a_limited_score_does_not_contradict_one_of_all_items():
     assert found.problems == ()
 
 
+def test_scores_that_differ_are_told_though_only_one_names_its_split():
+    front = (
+        "---\nmodel-index:\n- name: o\n  results:\n  - dataset: {name: piqa, split: validation}\n"
+        "    metrics: [{type: acc, value: 0.61}]\n---\n"
+    )
+    (told,) = read_card(front + TABLE.format("Tasks", "piqa", "0.70"), "org/ours").problems
+    assert "0.61" in told
+
+
+def test_a_limit_is_of_the_next_table_through_headings_but_not_through_other_text():
+    table = TABLE.format("Tasks", "piqa", "0.61")
+    assert splits(LIMITED.format("20.0") + "\n## Results\n" + table) == {("piqa", "0.61"): "[:20]"}
+    lost = LIMITED.format("20.0") + "\n|a|b|\n\n## Results\n" + table
+    assert splits(lost) == {("piqa", "0.61"): None}
+
+
 @pytest.mark.parametrize(
     ("limit", "split"),
     [(-5, None), (0, None), ("1e300", None), (10**18, None), (0.0004, "[:0.04%]"), (5.5, "[:5]")],
@@ -252,10 +268,10 @@ def test_a_limit_is_taken_within_bounds(limit, split):
     assert found.split == split
 
 
-def test_a_limited_run_of_lighteval_is_about_the_first_items():
+def test_a_limited_run_of_lighteval_is_about_the_first_items_after_a_shuffle():
     results = {"harness|arc:challenge|25": {"acc": 0.5}}
     results |= {f"harness|hendrycksTest-{n}|5": {"acc": 0.5} for n in range(57)}
-    for limit, split in ((10, "[:10]"), (None, None)):
+    for limit, split in ((10, "[shuffled:10]"), (None, None)):
         general = {"model_name": "a/b", "max_samples": limit}
         top = {"results": results, "config_general": general}
         claims = read_results(json.dumps(top), "r.json").claims

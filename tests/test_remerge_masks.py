@@ -207,3 +207,31 @@ def test_a_choice_among_equals_of_many_experts_is_unverifiable(tmp_path: Path) -
     assert "equal magnitude at a cut" in result["why"]
     found["model.norm.weight"] = found["model.norm.weight"].flip(0)
     assert check(path, publish(tmp_path / "q", found, models))["verdict"] == "different"
+
+
+def test_no_choice_among_equals_excuses_other_numbers(tmp_path: Path) -> None:
+    """Seven sparse fine-tunes: nearly every entry lies at a cut, at 0."""
+    models, names = tmp_path / "models", "abcdefg"
+    random = np.random.default_rng(0)
+    base = {name: np.round(x * 100) / 512 for name, x in tensors(0).items()}
+    write_model(models / "base", base, "BF16", layers=3, vocab_size=96)
+    for expert in names:
+        own = {
+            n: x + (random.random(x.shape) > 0.95) * 0.05 * random.standard_normal(x.shape)
+            for n, x in base.items()
+        }
+        write_model(models / expert, own, "BF16", layers=3, vocab_size=96)
+    listed = [
+        {"model": str(models / name), "parameters": {"weight": 0.3, **EACH["ties"]}}
+        for name in names
+    ]
+    path = recipe(tmp_path, models, "ties")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"models": listed}))
+    every = loaded(models, "bfloat16")
+    for number, forged in enumerate((lambda x: x * 1000, lambda x: x * float("nan"))):
+        found = {
+            name: forged(ties(x, [every[expert][name] for expert in names], [0.3] * 7))
+            for name, x in every["base"].items()
+        }
+        result = check(path, publish(tmp_path / str(number), found, models))
+        assert result["verdict"] == "different", result["why"]

@@ -266,6 +266,18 @@ def test_first_items_are_the_same_by_either_name(printed, split):
     assert judge(claim(printed, split="[:40]"), [file]).verdict == "unverifiable"
 
 
+@pytest.mark.parametrize("split", ["Test", " TEST ", ""])
+def test_a_split_is_known_in_any_spelling(split):
+    assert judge(claim("60.67", split=split), [measured(548)]).verdict == "not reproduced"
+    short = measured(548, split="validation")
+    assert judge(claim("60.67", split="val"), [short]).verdict == "not reproduced"
+
+
+def test_a_shuffled_part_is_not_the_first_items():
+    part = measured(20, n=40, size=N, split="test[:40]")
+    assert judge(claim("70", split="[shuffled:40]"), [part]).verdict == "unverifiable"
+
+
 def test_a_limit_above_the_number_of_items_is_none():
     assert judge(claim("60.67", split="[:100000]"), [measured(548)]).verdict == "not reproduced"
     assert judge(claim("60.67", split="[:1171]"), [measured(548)]).verdict == "unverifiable"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mergelab.claims.base import Claim
 
 SPLITS = ("train", "dev", "validation", "test")
+SHORT = {"val": "validation", "valid": "validation"}
 # What a claim may be about (see `extent`).
 SAME, WHOLE = "the items of our run", "the whole set"
 PART, OTHER = "a part that was not run", "another set"
@@ -84,15 +85,16 @@ def extent(claim: Claim, one: Measured) -> str:
     SAME: those of our run, by their name ("mine/fresh", "test[:40]"; "[:40]" if no file of other
     items stands for the data). WHOLE: all of the set that ours is, stands for, or is a part of.
     PART: first items, or so, that we did not run; OTHER: another split."""
-    own, root = _root(one.split), _root(claim.split)
-    if claim.split is None:
+    said, ours = _plain(claim.split), _plain(one.split)
+    root, own = _root(said), _root(ours)
+    if not said:
         return WHOLE
-    if claim.split != root:  # a part
-        first = not root and claim.split == one.split.removeprefix(own)
-        if claim.split == one.split or (first and one.whole in (None, one.size)):
+    if said != root:  # a part
+        first = not root and said == ours.removeprefix(own)
+        if said == ours or (first and one.whole in (None, one.size)):
             return SAME
-        return WHOLE if root in ("", own) and _all(claim.split, total(claim, one)) else PART
-    if claim.split == one.split and own not in SPLITS:
+        return WHOLE if root in ("", own) and _all(said, total(claim, one)) else PART
+    if said == ours and own not in SPLITS:
         return SAME
     stands = own not in SPLITS and root == _usual_split(claim)
     return WHOLE if root == own or stands else OTHER
@@ -100,7 +102,7 @@ def extent(claim: Claim, one: Measured) -> str:
 
 def total(claim: Claim, one: Measured) -> int | None:
     """Items of the whole set that the claim is about, or about a part of; None: not known."""
-    return one.size if _root(claim.split) in ("", *SPLITS) else one.whole
+    return one.size if _root(_plain(claim.split)) in ("", *SPLITS) else one.whole
 
 
 def drawn(claim: Claim, one: Measured) -> float:
@@ -137,7 +139,7 @@ def counts(claim: Claim, one: Measured) -> set[int] | None:
 
 def usual_size(claim: Claim) -> set[int]:
     """Items of the test set that the benchmark is usually scored on, if the claim is about it."""
-    known = claim.benchmark in SIZES and claim.split in (None, _usual_split(claim))
+    known = claim.benchmark in SIZES and _plain(claim.split) in ("", _usual_split(claim))
     return {SIZES[claim.benchmark]} if known else set()
 
 
@@ -145,9 +147,15 @@ def _usual_split(claim: Claim) -> str:
     return "validation" if claim.benchmark in VALIDATION else "test"
 
 
-def _root(split: str | None) -> str:
+def _plain(split: str | None) -> str:
+    """A split in one spelling: "validation[:40]" for "Val[:40]"; "" for none."""
+    name, bracket, part = (split or "").strip().casefold().partition("[")
+    return f"{SHORT.get(name.strip(), name.strip())}{bracket}{part}"
+
+
+def _root(split: str) -> str:
     """The split without its part: "test" of "test[:40]"."""
-    return (split or "").partition("[")[0]
+    return split.partition("[")[0]
 
 
 def _all(part: str, size: int | None) -> bool:

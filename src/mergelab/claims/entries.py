@@ -172,7 +172,7 @@ def _contradictions(claims: Sequence[Claim], notes: Notes) -> None:
             continue
         key = (
             *(claim.benchmark, claim.metric, claim.filter, claim.shots),
-            *(claim.split, claim.rescaled),
+            *(claim.split if "[" in (claim.split or "") else None, claim.rescaled),
         )
         first = seen.setdefault(key, claim)
         if first is not claim:

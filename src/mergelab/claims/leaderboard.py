@@ -184,9 +184,11 @@ class _First(_Reader):
             yield claim
 
     def part(self) -> str | None:
-        """The items of each task of a run that was told to leave some out."""
+        """The items of each task of a run that was told to leave some out: the first after a
+        shuffle, so not those of lm-eval's `limit`."""
         limit = read_number(self.general.get("max_samples"))
-        return None if limit is None else first_items(limit.value)
+        part = None if limit is None else first_items(limit.value)
+        return part and f"[shuffled{part[1:]}"
 
 
 class _Second(_Reader):

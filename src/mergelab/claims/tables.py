@@ -53,13 +53,17 @@ def read_tables(lines: Sequence[str], first: int, notes: Notes) -> Iterator[Tabl
     heading, place, count = "", 0, 0
     split: str | None = None  # of the next table
     last: str | None = None  # of the table before
+    lost = False  # has other text come since a limit was said?
     while place < len(lines):
         text = lines[place][:LONGEST_LINE]
         title = _HEADING.match(text)
         if title:
-            heading, split, last = title[1].strip(), None, None
+            heading, last = title[1].strip(), None
+            split = None if lost else split
         if limit := _LIMIT.search(text):
-            split, last = first_items(float(limit[1].replace("None", "0"))), None
+            split, last, lost = first_items(float(limit[1].replace("None", "0"))), None, False
+        elif text.strip() and not title and not text.startswith("```"):
+            lost = True  # the limit was said of something else
         below = lines[place + 1] if place + 1 < len(lines) else ""
         if "|" not in text or not _is_rule(below):
             place += 1

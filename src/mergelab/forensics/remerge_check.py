@@ -17,7 +17,7 @@ from mergelab.blocks import Buffers, Files, TensorMerge
 from mergelab.checkpoint import DTYPES, FLOATS, Tensor
 from mergelab.forensics.peer_merge import WIDTHS, Simulation, recast
 from mergelab.forensics.peer_select import simulated, simulation
-from mergelab.forensics.remerge_tally import DIGITS, Array, Tally, ulp, unsigned
+from mergelab.forensics.remerge_tally import DIGITS, Array, Tally, not_finite, ulp, unsigned
 from mergelab.methods.base import Stats, Sums
 from mergelab.parameters import first_match
 from mergelab.plan import Plan
@@ -114,19 +114,26 @@ class Checker:
         given = tally.given[start : start + len(bits)]
         chosen, untried = made.settle(given)[at], made.untried(at)
         tally.chosen += int(np.count_nonzero(chosen))
-        tally.untried += int(np.count_nonzero(untried))
-        at = at[~(chosen | untried)]
+        at, untried = at[~chosen], untried[~chosen]
         if not len(at):
             return
         expected, stored = tally.floats(bits[at]), tally.floats(given[at])
-        terms = np.abs(made.terms(at)).sum(axis=0)
-        scale = gain(tally.tensor) * (terms + np.abs(expected))
+        rows = made.terms(at)
+        scale = gain(tally.tensor) * (np.abs(rows).sum(axis=0) + np.abs(expected))
         if tally.narrow:
             coarse = min((made.work, tally.published.dtype), key=DIGITS.__getitem__)
             room = STRAY_ULPS * ulp(scale, coarse)
         else:
             room = self.error(tally.tensor, scale, "F32")
-        tally.count(bits[at], given[at], ~(np.abs(expected - stored) <= room))
+        apart = np.abs(expected - stored)
+        if untried.any():  # no choice moves an entry farther, or makes it infinite
+            moves = 2 * gain(tally.tensor) * np.abs(rows[1:] - rows[0]).sum(axis=0)
+            untried &= (apart <= room + moves) & (moves > 0)
+            untried &= ~not_finite(given[at], tally.published.dtype)
+            tally.untried += int(np.count_nonzero(untried))
+            tally.fold(bits[at[untried]], given[at[untried]])
+        rest = at[~untried]
+        tally.count(bits[rest], given[rest], ~(apart <= room)[~untried])
 
     def work(self, tensor: Planned) -> str:
         """The dtype of mergekit's arithmetic: the recipe's, or the narrowest that holds all."""
