@@ -185,19 +185,24 @@ def test_masks_of_sources_that_are_not_finite_are_no_difference(
     assert check(path, out)["verdict"] == "different"
 
 
-def test_a_choice_among_equals_of_many_experts_is_unverifiable(tmp_path: Path) -> None:
-    models = coarse_models(tmp_path / "models")
-    names = "abcdefg"
-    for seed, name in enumerate(names[3:], 4):
-        own = {n: np.round(x * 400) / 512 for n, x in tensors(seed).items()}
-        write_model(models / name, own, "BF16", layers=3, vocab_size=96)
+def ties_of(names: str, tmp_path: Path, models: Path) -> Path:
+    """A recipe of ties of the models of these names, of one letter each."""
     listed = [
         {"model": str(models / name), "parameters": {"weight": 0.3, **EACH["ties"]}}
         for name in names
     ]
     path = recipe(tmp_path, models, "ties")
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"models": listed}))
-    every = loaded(models, "bfloat16")
+    return path
+
+
+def test_a_choice_among_equals_of_many_experts_is_unverifiable(tmp_path: Path) -> None:
+    models = coarse_models(tmp_path / "models")
+    names = "abcdefg"
+    for seed, name in enumerate(names[3:], 4):
+        own = {n: np.round(x * 400) / 512 for n, x in tensors(seed).items()}
+        write_model(models / name, own, "BF16", layers=3, vocab_size=96)
+    path, every = ties_of(names, tmp_path, models), loaded(models, "bfloat16")
     found = {
         name: ties(x, [every[expert][name] for expert in names], [0.3] * 7)
         for name, x in every["base"].items()
@@ -221,13 +226,7 @@ def test_no_choice_among_equals_excuses_other_numbers(tmp_path: Path) -> None:
             for n, x in base.items()
         }
         write_model(models / expert, own, "BF16", layers=3, vocab_size=96)
-    listed = [
-        {"model": str(models / name), "parameters": {"weight": 0.3, **EACH["ties"]}}
-        for name in names
-    ]
-    path = recipe(tmp_path, models, "ties")
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"models": listed}))
-    every = loaded(models, "bfloat16")
+    path, every = ties_of(names, tmp_path, models), loaded(models, "bfloat16")
     for number, forged in enumerate((lambda x: x * 1000, lambda x: x * float("nan"))):
         found = {
             name: forged(ties(x, [every[expert][name] for expert in names], [0.3] * 7))
