@@ -10,19 +10,15 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-
-from mergelab import hashes
 from mergelab.blocks import Buffers, Files, TensorMerge
 from mergelab.chat import chosen_template, with_template
-from mergelab.checkpoint import INDEX, Checkpoint, Tensor, read_header
+from mergelab.checkpoint import INDEX
 from mergelab.errors import UserError
 from mergelab.folders import (
     alone,
@@ -33,8 +29,8 @@ from mergelab.folders import (
     sync,
 )
 from mergelab.hub_headers import check_whole
+from mergelab.inputs import changed_input, check_layouts, hashed_inputs, input_states
 from mergelab.journal import HASH, PATTERN, FileHashes, Journal
-from mergelab.methods.base import Stats, Sums
 from mergelab.plan import Plan
 from mergelab.progress import bar, say, size
 from mergelab.record import (
@@ -46,6 +42,7 @@ from mergelab.record import (
     write_bytes,
     write_json,
 )
+from mergelab.survey import in_order, survey_model
 from mergelab.writer import (
     RECORD,
     Planned,
@@ -59,8 +56,6 @@ from mergelab.writer import (
 
 VERSION = 4  # of plan, engine and rounding; methods have versions of their own
 WHOLE = (1, 1)
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def merge(
@@ -77,9 +72,9 @@ def merge(
     for checkpoint in plan.checkpoints.values():
         check_whole(checkpoint.folder)
     small = _small_files(plan)
-    states = _states(plan)
-    _check_layouts(plan)
-    identity = _identity(plan, small, seed, _inputs(plan, workers))
+    states = input_states(plan)
+    check_layouts(plan)
+    identity = _identity(plan, small, seed, hashed_inputs(plan, workers))
     job = _Job(plan, out, small, identity, states, workers, part)
     with ExitStack() as held:
         if part == WHOLE:
@@ -132,7 +127,7 @@ class _Job:
             with disk_full(self.out):
                 journal = Journal(folder, "{}-of-{}".format(*self.part))
                 hashed = self.write(folder, journal)
-                self.check_states(journal)
+                self.check_inputs(journal)
                 with self.alone():
                     return self.finish(folder, journal, hashed)
         except BaseException as error:
@@ -258,31 +253,14 @@ class _Job:
         self.tell(replaced)
         return record
 
-    def check_states(self, journal: Journal) -> None:
-        """Raise UserError if an input file was written to since it was hashed.
-
-        A new hard link to it, or other permissions, change only its last time: then its bytes
-        tell."""
-        now, hashed = _states(self.plan), self.input_hashes()
-        for path, state in self.states.items():
-            if now[path] == state:
-                continue
-            if now[path][:-1] == state[:-1] and file_sha256(path) == hashed[path]:
-                continue
+    def check_inputs(self, journal: Journal) -> None:
+        """Raise UserError if an input was written to meanwhile; then nothing is kept."""
+        if path := changed_input(self.plan, self.states, self.identity["inputs"]):
             journal.path.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: was changed while it was merged; nothing was kept. "
                 "Run the same command again once nobody writes to it."
             )
-
-    def input_hashes(self) -> dict[Path, str]:
-        """The sha256 of each input file, as the record will have it."""
-        given = zip(self.plan.checkpoints.values(), self.identity["inputs"], strict=True)
-        return {
-            path: entry["sha256"]
-            for checkpoint, model in given
-            for path, entry in zip(input_files(checkpoint), model["files"], strict=True)
-        }
 
     def record(self, folder: Path, journal: Journal, hashed: dict[str, str]) -> dict[str, Any]:
         """What happened."""
@@ -345,61 +323,6 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def _inputs(plan: Plan, workers: int) -> list[dict[str, Any]]:
-    """Each model's files with size and sha256, in recipe order.
-
-    Raises UserError if a file is not the one that was downloaded or merged, by its record."""
-    paths = {c.label: input_files(c) for c in plan.checkpoints.values()}
-    every = list(dict.fromkeys(path for group in paths.values() for path in group))
-    total = sum(path.stat().st_size for path in every)
-    with bar("hash inputs", total) as progress, ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda path: hashes.sha256(path, progress.advance), every)
-        hashed = dict(zip(every, found, strict=True))
-    for path, sha256 in hashed.items():
-        if hashes.noted(path.parent).get(path.name, sha256) != sha256:
-            raise UserError(
-                f"{path}: is not the file that was downloaded or merged: its sha256 is {sha256}, "
-                "the record beside it has another. It is damaged or was changed; make it again."
-            )
-    return [
-        {
-            "model": label,
-            "files": [
-                {"name": path.name, "bytes": path.stat().st_size, "sha256": hashed[path]}
-                for path in group
-            ],
-        }
-        for label, group in paths.items()
-    ]
-
-
-def _states(plan: Plan) -> dict[Path, list[int]]:
-    """What changes of each input file when anyone writes to it."""
-    every = [path for c in plan.checkpoints.values() for path in input_files(c)]
-    try:
-        return {path: hashes.identity(path) for path in every}
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot be read any more: {error.strerror}. "
-            "Was the model moved or deleted?"
-        ) from None
-
-
-def _check_layouts(plan: Plan) -> None:
-    """Raise UserError if a weight file no longer has the header that the plan was made from."""
-    sources = {s for tensor in plan.tensors for s in tensor.sources if isinstance(s, Tensor)}
-    held = {t for file in {s.file for s in sources} for t in read_header(file).values()}
-    for tensor in sorted(sources - held, key=lambda t: t.name):
-        raise UserError(
-            f"{tensor.file}: was changed after the merge was planned. Run the same command again."
-        )
-
-
-def input_files(checkpoint: Checkpoint) -> list[Path]:
-    """Every file of a model whose bytes reach the merge."""
-    return [*(checkpoint.folder / name for name in checkpoint.files), *checkpoint.extra]
-
-
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The record of `out` if it is this very merge and every file still has its hash."""
     try:
@@ -431,51 +354,3 @@ def _allocated(folder: Path) -> int:
 def _one_journal(folder: Path) -> bool:
     """Has nobody but this process noted tensors in the folder?"""
     return len(list(folder.glob(PATTERN))) <= 1
-
-
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T], ahead: int = 64
-) -> Generator[R, None, None]:
-    """Results of `function` in the order of `items`; few wait, and an error stops the rest."""
-    running: list[Future[R]] = []
-    try:
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > ahead:
-                yield running.pop(0).result()
-        while running:
-            yield running.pop(0).result()
-    finally:
-        for future in running:
-            future.cancel()
-
-
-def survey_model(
-    plan: Plan,
-    task: Callable[[Planned], TensorMerge],
-    pool: ThreadPoolExecutor,
-    workers: int,
-) -> dict[str, tuple[Stats, Sums]]:
-    """Statistics over all tensors that ask for them (`scope: model`), and the running sums in
-    front of each tensor."""
-    tasks = [task(t) for t in plan.tensors if not t.copied]
-    tasks = [t for t in tasks if t.whole_model]
-    if not tasks:
-        return {}
-    stats: dict[str, Any] = {}
-    before: list[Sums] = [{} for _ in tasks]
-    for number, round in enumerate(plan.recipe.method.rounds):
-        if round.model_only:
-            before = []
-        total: Sums = {}
-        parts = in_order(
-            pool, partial(TensorMerge.survey_round, number=number, stats=stats), tasks, 2 * workers
-        )
-        for part in parts:
-            if round.model_only:
-                before.append(total or {name: value * 0 for name, value in part.items()})
-            total = {name: total[name] + value if total else value for name, value in part.items()}
-        if total:
-            with np.errstate(all="ignore"):
-                stats = {**stats, **round.conclude(total, tasks[0].tensor.settings, stats)}
-    return {t.tensor.name: (stats, state) for t, state in zip(tasks, before, strict=True)}

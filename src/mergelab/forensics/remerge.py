@@ -15,7 +15,7 @@ from typing import Any
 
 from mergelab.adapters import split_name
 from mergelab.checkpoint import FLOATS, NAMES, Checkpoint, Tensor
-from mergelab.engine import in_order, survey_model
+from mergelab.survey import in_order, survey_model
 from mergelab.errors import UserError
 from mergelab.forensics import peer_masks, remerge_why
 from mergelab.forensics.peer_select import SIMULATED
