@@ -79,7 +79,8 @@ def peft_merge(model: Path, out: Path, seed: int = 0, **settings: Any) -> dict[s
             scale = 1.0 if "magnitude" in name else 0.3
             parameter.data = scale * torch.randn_like(parameter)
     adapted.save_pretrained(str(out), save_embedding_layers=False)
-    merged = adapted.merge_and_unload().state_dict()
+    with warnings.catch_warnings(action="ignore"):  # that it unties a head
+        merged = adapted.merge_and_unload().state_dict()
     return {name: tensor.float().numpy().copy() for name, tensor in merged.items()}
 
 
@@ -158,6 +159,20 @@ def test_embeddings_and_whole_modules_are_as_in_peft(
     changed = check_against_peft(tiny, tmp_path, merged)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
     assert len(changed) == 4
+
+
+def test_a_head_tied_to_an_embedding_that_was_trained_in_full_keeps_the_old_one(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    merged = peft_merge(gpt2, tmp_path, target_modules=["c_attn"], modules_to_save=["wte"])
+    found, plain = opened(gpt2, tmp_path), open_checkpoint(gpt2, "base")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        np.testing.assert_array_equal(values(found, name), merged[name])
+    old = values(plain, "transformer.wte.weight")
+    np.testing.assert_array_equal(values(found, "lm_head.weight"), old)
+    assert np.any(values(found, "transformer.wte.weight") != old)
+    assert found.config["tie_word_embeddings"] is False
+    assert "lm_head.weight" not in plain.tensors
 
 
 def test_an_embedding_that_peft_saved_beside_its_factors_is_the_weight(

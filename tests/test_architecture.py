@@ -63,3 +63,14 @@ def test_a_merge_imports_no_torch() -> None:
     modules = ", ".join(f"mergelab.{name}" for name in ("cli", "engine", "locate", "steps"))
     code = f"import sys, {modules}\nsys.exit(bool({HEAVY!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_command_is_parsed_without_a_library_that_is_slow_to_import() -> None:
+    slow = {*HEAVY, "typer", "pydantic", "rich.markdown"}
+    code = (
+        "import sys\nfrom mergelab.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        f"sys.exit(bool({slow!r} & set(sys.modules)))"
+    )
+    for words in (["--version"], ["explain", "ties"]):
+        assert subprocess.run([sys.executable, "-c", code, *words]).returncode == 0

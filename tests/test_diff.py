@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mergelab.checkpoint import open_checkpoint
 from mergelab.diff import BLOCK, ROWS, compare, show
+from mergelab.show import out
 
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "u1"}
 WIDTHS = {"F64": "Q", "F32": "I", "F16": "H", "BF16": "H"}
@@ -286,6 +287,36 @@ def test_one_changed_element_of_many_is_not_shown_as_zero_percent(
     text = capsys.readouterr().out
     assert "1 of 100,000 elements (<0.01%), by up to 0 ulp and 0" in text
     assert "infinite or NaN, not measured: 0 elements of A, 1 of B" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_width_hides_names_or_numbers(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+) -> None:
+    """Nor does a key of config.json steer the terminal."""
+    monkeypatch.setattr(out, "_width", width)
+    name = "model.layers.31.self_attn.q_proj.weight"
+    a = {name: stored([1.0, 2.0], "F32"), "w": stored([1.0], "F32")}
+    b = {name: stored([1.0, -2.0], "BF16"), "w": stored([1.0, 1.0], "F32")}
+    folders = [write_bits(tmp_path / x, tensors) for x, tensors in (("a", a), ("b", b))]
+    (tmp_path / "a/config.json").write_text('{"x\\u001b[2J\\ud800": 1}')
+    show(diff(*folders))
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "x\N{REPLACEMENT CHARACTER}[2J" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert name in "".join(line.split(" ")[0] for line in text.splitlines())  # folded
+    cells = (
+        "F32/BF16",
+        "50.00%",
+        "32,768 of BF16",
+        "shapes [1]",
+        "-0.60000000",
+    )
+    assert width < 80 or all(cell in text for cell in cells)
 
 
 def test_diff_prints_for_people_and_for_programs(tmp_path: Path, mergelab: Run) -> None:

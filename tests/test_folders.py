@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
+
+from mergelab.errors import UserError
 from mergelab.folders import alone, move_into_place, partial_folder
 
 
@@ -52,3 +55,9 @@ def test_only_one_builds_a_folder_at_a_time_and_the_lock_leaves_no_file(tmp_path
         thread.join()
     assert most == [1] * 200
     assert names(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_opened_is_told(tmp_path):
+    (tmp_path / ".m.lock").mkdir()  # as that of another user
+    with pytest.raises(UserError, match=r"\.m\.lock: cannot be locked"), alone(tmp_path / "m"):
+        pass

@@ -202,6 +202,15 @@ def test_odd_indexes(place: Path, change: Any, message: str) -> None:
         merge("r.yaml")
 
 
+def test_two_sets_of_weights_in_one_folder_are_refused(place: Path) -> None:
+    single = (place / "a/model.safetensors").read_bytes()
+    llama(place / "a", 1, shards=2)
+    assert open_checkpoint(place / "a", "a").tensors
+    (place / "a/model.safetensors").write_bytes(single)
+    with pytest.raises(UserError, match="two sets of weights"):
+        open_checkpoint(place / "a", "a")
+
+
 def test_a_tensor_is_read_from_the_shard_that_the_index_names(place: Path) -> None:
     write_model(place / "a", llama_tensors(1), shards=2)
     second = place / "a/model-00002-of-00002.safetensors"
@@ -290,6 +299,10 @@ def test_odd_headers_never_crash_or_reach_outside_their_file(
         '{"a": {"dtype": "F32", "shape": ' + "[" * 20_000 + "]" * 20_000 + "}}",
         '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, NaN]}}',
+        '{"a": {"dtype": "F32", "shape": [' + f"{2**59}, " * 400 + '1], "data_offsets": [0, 4]}}',
+        '{"a\\u001b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32\\u001b[2J", "shape": [1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}\0',
         "",
         " ",
@@ -298,8 +311,9 @@ def test_odd_headers_never_crash_or_reach_outside_their_file(
 )
 def test_headers_that_are_hard_to_parse_are_refused(place: Path, header: str) -> None:
     write_raw(place / "a/model.safetensors", header, bytes(4))
-    with pytest.raises(UserError, match=r"a/model\.safetensors|holds no tensors"):
+    with pytest.raises(UserError, match=r"a/model\.safetensors|holds no tensors") as found:
         open_checkpoint(place / "a", "a")
+    assert str(found.value).isprintable()  # and does not steer the terminal
 
 
 @pytest.mark.parametrize("length", [0, 1, 99, 2**31, 2**63, 2**64 - 1])

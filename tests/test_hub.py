@@ -22,7 +22,7 @@ import pytest
 from loopback_hub import LoopbackHub
 from safetensors.numpy import save
 
-from mergelab import hub, hub_cards, hub_errors
+from mergelab import hub, hub_cards, hub_errors, lockfile
 from mergelab.errors import UserError
 from mergelab.study_file import load_study
 
@@ -53,12 +53,12 @@ def study_with(**models: str) -> Path:
 def locked(*hub_ids: str) -> dict[str, dict[str, object]]:
     """Lock a study of these models; returns its entries."""
     folder = study_with(**{f"m{i}": hub_id for i, hub_id in enumerate(hub_ids)})
-    hub.lock(load_study(folder))
+    lockfile.lock(load_study(folder))
     return dict(json.loads((folder / "lock.json").read_text())["models"])
 
 
 def fetched(hub_id: str, out: Path = Path("results/x/models/m")) -> dict[str, object]:
-    return hub.download(hub.resolve(hub_id, Path("recipes/x/lock.json")), out)
+    return hub.download(lockfile.resolve(hub_id, Path("recipes/x/lock.json")), out)
 
 
 def message(hub_id: str) -> str:
@@ -96,7 +96,7 @@ def test_lock_file_is_sorted_and_ends_with_a_newline(server):
 
 def test_lock_takes_hub_ids_of_recipes_too(server):
     server.publish("acme/tiny", TINY)
-    result = hub.lock(load_study(study_with(a="acme/tiny")), ["acme/tiny@main"])
+    result = lockfile.lock(load_study(study_with(a="acme/tiny")), ["acme/tiny@main"])
     assert sorted(result["models"]) == ["acme/tiny", "acme/tiny@main"]
 
 
@@ -401,8 +401,8 @@ def test_a_lock_that_names_a_file_outside_is_refused(server):
 FETCH = """
 import sys
 from pathlib import Path
-from mergelab import hub, hub_errors
-hub.download(hub.resolve(sys.argv[1], Path("recipes/x/lock.json")), Path(sys.argv[2]))
+from mergelab import hub, hub_errors, lockfile
+hub.download(lockfile.resolve(sys.argv[1], Path("recipes/x/lock.json")), Path(sys.argv[2]))
 """
 
 
@@ -432,12 +432,17 @@ def test_kill_in_the_middle_of_a_download_leaves_nothing_and_the_next_one_comple
 SNAPSHOT = """
 import sys
 from pathlib import Path
-from mergelab import cli, hub
+import rich_click as click
+from mergelab import cli, hub, lockfile
 from mergelab.errors import UserError
 from mergelab.hub_errors import explained
 
 @cli.app.command()
-def snapshot(repo: str, commit: str, names: list[str], lenient: bool = False) -> None:
+@click.argument("repo")
+@click.argument("commit")
+@click.argument("names", nargs=-1)
+@click.option("--lenient", is_flag=True)
+def snapshot(repo: str, commit: str, names: tuple[str, ...], lenient: bool) -> None:
     try:
         with explained(repo, commit):
             hub.snapshot(repo, commit, names, Path("snap"))
@@ -655,9 +660,9 @@ def test_pinning_data_sets_leaves_what_a_lock_holds(server):
     old = server.publish("datasets/acme/old", {"a.jsonl": b"{}"})
     new = server.publish("datasets/acme/new", {"a.jsonl": b"{}"})
     study = load_study(study_with(m="acme/tiny"))
-    before = hub.lock(study, (), ["acme/old"], lambda models: {"ancestry": {"depth": 4}})
+    before = lockfile.lock(study, (), ["acme/old"], lambda models: {"ancestry": {"depth": 4}})
     server.publish("datasets/acme/old", {"a.jsonl": b"[]"})
-    hub.pin_datasets(["acme/old", "acme/new"], study.lock)
+    lockfile.pin_datasets(["acme/old", "acme/new"], study.lock)
     pinned = {"acme/old": {"commit": old}, "acme/new": {"commit": new}}
     assert json.loads(study.lock.read_text()) == before | {"datasets": pinned}
 

@@ -14,7 +14,7 @@ import pytest
 from checkpoints import llama, llama_tensors, write_model, write_safetensors
 from loopback_hub import LoopbackHub
 
-from mergelab import estimate, grouping, hub, hub_headers, show
+from mergelab import estimate, grouping, hub, hub_headers, lockfile, show
 from mergelab.checkpoint import open_checkpoint
 from mergelab.errors import UserError
 from mergelab.plan import describe, make_plan
@@ -97,7 +97,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting
 
 
 def sketched(hub_id: str) -> Path:
-    return hub_headers.folder_to_plan(hub.resolve(hub_id, Path("lock.json")), OUT)
+    return hub_headers.folder_to_plan(lockfile.resolve(hub_id, Path("lock.json")), OUT)
 
 
 def message(hub_id: str) -> str:
@@ -177,7 +177,7 @@ def test_another_commit_is_sketched_anew(server):
 
 def test_a_downloaded_model_is_used_where_it_is_and_its_sketch_goes(server):
     commit = server.publish("acme/tiny", llama(Path("whole"), 1))
-    pinned = hub.resolve(f"acme/tiny@{commit}", Path("lock.json"))
+    pinned = lockfile.resolve(f"acme/tiny@{commit}", Path("lock.json"))
     assert sketched(str(pinned)) == SKETCH
     hub.download(pinned, OUT)
     server.requests.clear()
@@ -399,6 +399,20 @@ def test_a_plan_of_local_models_says_room_and_time(tmp_path, monkeypatch, capsys
     assert "free at results/x/merged/s\n" in text
     assert "time   less than 2 s for the disks, if nothing is cached: reads at" in text
     assert "(just measured); arithmetic comes on top" in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_long_names_of_models_are_folded_not_cut(tmp_path, monkeypatch, capsys, width):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(show.out, "width", width)
+    plan = planned({"a": llama(Path("a"), 1), "b": llama(Path("b"), 2)})
+    names = ["/gpfs/" + "group-" * 20 + name for name in ("one", "two")]
+    facts = {name: {"folder": name, "tensors": 14, "layers": 2} for name in names}
+    costs = estimate.costs(plan, Path("out"), passes=2)
+    show.plan(describe(plan) | {"inputs": facts}, costs)
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    first = "".join(line.split(" ")[0] for line in table.splitlines())
+    assert all(name in first for name in names)
 
 
 def test_too_little_room_is_said_aloud(capsys):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from mergelab import engine, kernels
+from mergelab import engine, kernels, show
 from mergelab.methods import METHODS, sparsify
 from mergelab.methods.base import BLOCK, Block, Settings
 from mergelab.methods.task_vectors import kept_count
@@ -375,7 +375,15 @@ def test_every_method_says_what_it_is(method: str) -> None:
     assert declared.name == method
     assert declared.summary.endswith(".")
     assert all(p.help for p in declared.parameters)
-    assert declared.papers or method == "passthrough"
+    assert declared.papers
+
+
+def test_explain_tells_bounds_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    show.methods([METHODS["karcher"], METHODS["ties"]], full=True)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "share of this model (0 or more)" in text
+    assert "share of its task vector kept (0 to 1)" in text
+    assert "(mergekit | paper | peft)" in text
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F64"])

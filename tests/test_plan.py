@@ -353,6 +353,95 @@ def test_a_tensor_that_one_model_has_follows_the_rule_of_the_method(
         assert origin(got["extra.bias"]) == [f"{owner}/extra.bias"]
 
 
+def test_tables_that_older_loaders_stored_are_left_out_unless_all_models_have_them(
+    place: Path,
+) -> None:
+    tables = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4),  # Llama 2
+        "model.layers.0.attn.bias": np.ones((1, 1, 4, 4)),  # GPT-2
+        "model.layers.0.attn.masked_bias": np.ones(()),
+        "model.position_ids": np.arange(4),  # BERT
+    }
+    text = PAIR % ("ties", "weight: 1")
+    write_model(place / "base", llama_tensors(0, 4) | tables, layers=4)
+    plan = planned(text)
+    assert not tables.keys() & {t.name for t in plan.tensors}
+    assert any("left out" in note and "rotary_emb.inv_freq" in note for note in plan.warnings)
+    write_model(place / "a", llama_tensors(1, 4) | tables, layers=4)
+    assert tables.keys() <= {t.name for t in planned(text).tensors}
+    bias = {"model.layers.0.attn.bias": np.ones(4)}  # no mask: a weight
+    write_model(place / "base", llama_tensors(0, 4) | tables | bias, layers=4)
+    write_model(place / "a", llama_tensors(1, 4), layers=4)
+    with pytest.raises(UserError, match=r"tensor model\.layers\.0\.attn\.bias is missing"):
+        planned(text)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "tied"),
+    [
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+        ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
+        ("backbone.embeddings.weight", "lm_head.weight"),  # Mamba
+        ("shared.weight", "encoder.embed_tokens.weight"),  # T5
+        ("shared.weight", "decoder.embed_tokens.weight"),
+        ("shared.weight", "lm_head.weight"),
+    ],
+)
+def test_a_model_without_a_tied_tensor_lends_its_embedding(
+    place: Path, embedding: str, tied: str
+) -> None:
+    write_model(place / "base", {embedding: np.ones((4, 4)), tied: np.ones((4, 4))})
+    write_model(place / "a", {embedding: np.zeros((4, 4))})
+    got = tensors(PAIR % ("ties", "weight: 1"))
+    assert origin(got[tied]) == [f"a/{embedding}"]
+    assert got[tied].base is not None
+    assert got[tied].base.name == tied
+
+
+BARE = {
+    "wte.weight": np.ones((4, 4)),
+    "h.0.ln_1.weight": np.ones(4),
+    "h.0.attn.c_attn.weight": np.ones((4, 12)),
+    "ln_f.weight": np.ones(4),
+}
+NESTED = {f"transformer.{name}": values for name, values in BARE.items()}
+OLD = {
+    "bert.embeddings.LayerNorm.gamma": np.ones(4),
+    "bert.embeddings.LayerNorm.beta": np.ones(4),
+    "bert.encoder.layer.0.output.dense.weight": np.ones((4, 4)),
+}
+NEW = {n.replace("gamma", "weight").replace("beta", "bias"): v for n, v in OLD.items()}
+HEADLESS = {n.removeprefix("bert."): v for n, v in NEW.items()}
+
+
+@pytest.mark.parametrize(
+    ("base", "expert"), [(BARE, NESTED), (OLD, NEW), (NEW, HEADLESS), (OLD, HEADLESS)]
+)
+def test_models_that_spell_their_tensors_otherwise_are_merged_in_the_spelling_of_the_base(
+    place: Path, base: dict[str, Any], expert: dict[str, Any]
+) -> None:
+    for first, second in ((base, expert), (expert, base)):
+        write_model(place / "base", first, layers=1)
+        write_model(place / "a", second, layers=1)
+        got = tensors(PAIR % ("ties", "weight: 1"))
+        assert list(got) == sorted(first)
+        assert {origin(t)[0] for t in got.values()} == {f"a/{name}" for name in second}
+
+
+def test_a_deeper_model_is_respelled_in_all_its_layers(place: Path) -> None:
+    write_model(place / "x", BARE, layers=1)
+    deep = NESTED | {n.replace(".0.", ".1."): v for n, v in NESTED.items() if ".0." in n}
+    write_model(place / "y", deep, layers=2)
+    text = (
+        "merge_method: passthrough\nslices:\n- sources: [{model: x, layer_range: [0, 1]}]\n"
+        "- sources: [{model: y, layer_range: [1, 2]}]\n"
+    )
+    got = tensors(text)
+    assert origin(got["h.1.ln_1.weight"]) == ["y/transformer.h.1.ln_1.weight"]
+    assert origin(got["ln_f.weight"]) == ["y/transformer.ln_f.weight"]
+
+
 def test_a_model_that_lacks_a_whole_layer_is_damaged_and_refused(place: Path) -> None:
     llama(place / "a", 1, layers=3)
     with pytest.raises(UserError, match=r"model a: tensor model\.layers\.3\.\S+ is missing"):
@@ -454,7 +543,8 @@ def test_mergekits_long_names_of_models_and_dtypes_are_read(place: Path) -> None
     text = (
         "merge_method: linear\ndtype: torch.bfloat16\n"
         "base_model: {model: {path: org/base, revision: v1}}\n"
-        "models:\n- {model: {model: {path: a}, lora: {path: x}}, parameters: {weight: 1}}\n"
+        "models:\n- {model: {model: {path: a}, lora: {path: x}, override_architecture: null},"
+        " parameters: {weight: 1}}\n"
         "- {model: {path: b}, parameters: {weight: 1}}\n"
     )
     (place / "r.yaml").write_text(text)

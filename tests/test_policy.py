@@ -12,7 +12,7 @@ from loopback_hub import LoopbackHub
 from published_cards import cards, serve
 from safetensors.numpy import save
 
-from mergelab import hub, hub_errors, locate, models, policy
+from mergelab import hub_errors, locate, lockfile, models, policy
 from mergelab.errors import UserError
 from mergelab.steps import Steps
 from mergelab.study import Policy, Study
@@ -73,7 +73,7 @@ def study(rules: dict[str, object], models: dict[str, str], **recipes: object) -
 
 def lock(study: Study) -> dict[str, object]:
     ids = locate.hub_ids(study.recipes, study)
-    return hub.lock(study, ids, (), policy.tracing(study))
+    return lockfile.lock(study, ids, (), policy.tracing(study))
 
 
 def refusal(study: Study) -> str:

@@ -26,6 +26,11 @@ def test_bytes_and_other_units_are_told_with_speed_and_time_left() -> None:
     assert told(0, 0, "bytes", 0) == "0 B of 0 B"
 
 
+def test_names_are_told_as_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    progress.say("wrote runs:cat:one/[red]out")
+    assert capfd.readouterr().err == "wrote runs:cat:one/[red]out\n"
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time as progress.py sees it: a second more each time it looks; other threads get a turn."""

@@ -223,6 +223,7 @@ def test_yaml_bomb(mergelab: Run, models: Path) -> None:
         ("a: !!python/object/apply:os.system [ls]\n", "a recipe has no key 'a'"),
         ("merge_method: !!python/name:os.system x\n", "could not determine a constructor"),
         ("merge_method: {? [a]: b}\n", "'merge_method' must be text"),
+        ("name: a\n---\nname: b\n", "r.yaml:2: a second document begins here. Write a file for"),
     ],
 )
 def test_broken_yaml_is_told_with_its_file(
@@ -270,6 +271,15 @@ def test_no_disk_space(mergelab: Run, models: Path) -> None:
             "a recipe needs exactly one of 'models', 'slices' or 'modules'.",
         ),
         (("weight: 0.5", "lambda: 0.5\n      weight: 0.5"), "'lambda' belongs to the whole merge"),
+        (
+            ("normalize: true", "t: 0.5"),
+            "r.yaml:5: ties has no parameter 't'. It belongs to other methods, and mergekit "
+            "ignores it here: remove it.",
+        ),
+        (
+            ("weight: 0.5", "weight:\n      - vlaue: 1\n      - value: 1"),
+            "r.yaml:11: an entry of 'weight' has no key 'vlaue'. Did you mean 'value'?",
+        ),
         (("weight: 0.5", "weight: {filter: mlp, value: 1}"), "none of its filters matches"),
         (("dtype: float32", "chat_template: chatlm"), "Did you mean 'chatml'?"),
         (("dtype: float32", "tokenizer_source: unoin"), "Did you mean 'union'?"),
@@ -283,6 +293,61 @@ def test_recipe_mistakes(
     assert done.returncode == 2
     assert message in done.stderr
     assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("models:", "slices:\nmodules: null\ntokenizer:\nmodels:"),
+        ("normalize: true", "normalize: 'True'"),
+        ("normalize: true", "normalize: {filter: '', value: true}"),
+        ("weight: 0.5", "weight: ['5e-1', 0.5]"),
+    ],
+)
+def test_other_ways_to_write_a_recipe_that_mergekit_reads(
+    models: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str]
+) -> None:
+    monkeypatch.chdir(models)
+    plans = []
+    for text in (TIES, TIES.replace(*change)):
+        Path("r.yaml").write_text(text)
+        recipe = load_recipe(Path("r.yaml"))
+        plans.append(make_plan(recipe, {m: Path(m) for m in recipe.models}, shard_size=SHARD_SIZE))
+    assert plans[0].tensors == plans[1].tensors
+
+
+def test_int8_mask_is_accepted_with_any_method(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "merge_method: slerp\nbase_model: b\nparameters: {t: 0.5, int8_mask: true}\n"
+        "models: [{model: a}]\n"
+    )
+    assert list(load_recipe(path).parameters) == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("['0', 2.0]", (0, 2)),
+        ("[2, 2]", None),
+        ("[-1, 2]", None),
+        ("[0, 1.5]", None),
+        ("[0, true]", None),
+        ("[0, 1, 2]", None),
+    ],
+)
+def test_a_layer_range_is_two_integers_in_order(
+    tmp_path: Path, text: str, wanted: tuple[int, int] | None
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"merge_method: passthrough\nslices:\n- sources: [{{model: a, layer_range: {text}}}]\n"
+    )
+    if wanted is None:
+        with pytest.raises(UserError, match=r"r\.yaml:3: 'layer_range' must be \[first, end\]"):
+            load_recipe(path)
+    else:
+        assert load_recipe(path).modules[0].slices[0].sources[0].layers == wanted
 
 
 def test_weights_that_sum_to_zero_are_refused(mergelab: Run, models: Path) -> None:

@@ -124,7 +124,7 @@ def summary(place, name):
 def test_the_verb_writes_a_recipe_whose_merge_has_the_traced_score(place):
     study, results = place / "recipes/mine", place / "results"
     out = study / "soup.yaml"
-    study_verbs.soup(study, out, "held_out", None, results)
+    study_verbs.soup(study, out, "held_out", (), results)
     text = out.read_text()
     chosen = [source["model"] for source in yaml.safe_load(text)["models"]]
     assert set(chosen) == {"math", "medical"}

@@ -17,6 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mergelab.chat import TEMPLATES, chosen_template, read_chat_template, with_template
 from mergelab.checkpoint import Checkpoint, Tensor, open_checkpoint
 from mergelab.errors import Problems, UserError
+from mergelab.plan import make_plan
+from mergelab.recipe import load_recipe
 from mergelab.rows import Rows
 from mergelab.tokenizer import Tokenizer, TokenSource, read_tokenizer
 from mergelab.vocabulary import Vocabulary, build
@@ -420,6 +422,29 @@ def test_config_gets_the_vocabulary_size_and_ids_follow_their_tokens(three: Thre
     assert sums.config({"eos_token_id": 1}) == {"eos_token_id": None}
 
 
+def test_a_model_that_is_not_merged_may_give_the_tokenizer(
+    three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "sums", {EMBED: np.ones((50, HIDDEN)), "sums.only": np.ones(3)})
+    train(SUMS, ["<s>"], ("<|im_start|>",)).save("sums/tokenizer.json")
+    Path("r.yaml").write_text(
+        "merge_method: task_arithmetic\nbase_model: cats\ntokenizer_source: ./sums\n"
+        "models: [{model: cells, parameters: {weight: 1}}]\n"
+    )
+    recipe = load_recipe(Path("r.yaml"))
+    assert recipe.models == ("cells", "cats", "./sums")
+    plan = make_plan(recipe, {name: Path(name) for name in recipe.models}, shard_size=10**9)
+    assert {t.name: t.models for t in plan.tensors} == dict.fromkeys(
+        (EMBED, HEAD, "model.norm.weight"), ("cells",)
+    )
+    assert plan.vocabulary is not None
+    sums = three.sums.vocabulary
+    assert list(plan.vocabulary.tokens) == sorted(sums, key=sums.__getitem__)
+    assert plan.config["vocab_size"] == len(sums)
+    assert list(plan.checkpoints) == list(recipe.models)  # all are hashed for the record
+
+
 def test_generation_settings_follow_too(three: Three) -> None:
     settings = three.cats.folder / "generation_config.json"
     settings.write_text('{"eos_token_id": [1], "bos_token_id": 0, "top_p": 0.9}')
@@ -485,6 +510,7 @@ def test_the_recipe_gives_source_tokens_and_padding() -> None:
     assert read("tokenizer_source: union") == Tokenizer("union")
     assert read("tokenizer_source: cells") == read("tokenizer: {source: cells}")
     assert read("tokenizer: {}") == Tokenizer("union")
+    assert read("tokenizer_source: org/dogs") == Tokenizer("org/dogs")
     text = """tokenizer:
   source: base
   pad_to_multiple_of: 64
@@ -510,6 +536,7 @@ def test_the_recipe_gives_source_tokens_and_padding() -> None:
     ("text", "message"),
     [
         ("tokenizer_source: cel", "r.yaml:1: 'cel' is no model of this recipe. Did you mean"),
+        ("tokenizer_source: dogs", "or ./FOLDER or ORG/NAME of another model"),
         ("tokenizer: {sorce: base}", "tokenizer has no key 'sorce'. Did you mean 'source'?"),
         ("tokenizer: {pad_to_multiple_of: 0}", "must be at least 1"),
         ("tokenizer: {pad_to_multiple_of: 99999999}", "must be at most 65536"),

@@ -18,10 +18,11 @@ FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out")
 READ = {
     *FLAGS,
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    "modules_to_save",
 }
 INERT = {  # settings that the adapter's tensors show, or that matter in training only
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "lora_dropout"),
+    *("inference_mode", "target_modules", "exclude_modules", "lora_dropout"),
     *("bias", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config"),
     *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
 }
@@ -40,6 +41,7 @@ class Settings:
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
+    saved: tuple[str, ...] = ()  # modules_to_save: ends of the names of modules trained in full
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, by its own name or the end of it; the first pattern counts."""
@@ -74,7 +76,11 @@ def read_settings(path: Path) -> Settings:
     alphas = _pattern(config, "alpha_pattern", float, path, problems)
     problems.raise_if_any()
     flags = {key: bool(config.get(key)) for key in FLAGS}
-    return Settings(config.get("r", 8), config.get("lora_alpha", 8), ranks, alphas, **flags)
+    saved = config.get("modules_to_save")
+    saved = tuple(map(str, saved)) if isinstance(saved, list) else ()
+    return Settings(
+        config.get("r", 8), config.get("lora_alpha", 8), ranks, alphas, saved=saved, **flags
+    )
 
 
 def _check_init(init: Any, path: Path, problems: Problems) -> None:

@@ -11,6 +11,7 @@ from mergelab.adapted import Adapted, Last, Update
 from mergelab.adapter_settings import CONFIG, Settings, read_settings
 from mergelab.checkpoint import FLOATS, Checkpoint, Tensor, read_header
 from mergelab.errors import Problems, UserError
+from mergelab.stacking import HEAD, TIED
 
 WEIGHTS = "adapter_model.safetensors"
 MOST_IN_FRONT = 8  # parts of a model's names that an adapter's may lack
@@ -53,8 +54,11 @@ def open_adapted(model: Checkpoint, adapter_folder: Path, label: str) -> Checkpo
     except UserError as error:
         lines = str(error).splitlines()
         raise UserError("\n".join(f"model {label}: {line}" for line in lines)) from None
-    tensors = cast("dict[str, Tensor]", {**model.tensors, **changes.found})
-    return replace(model, label=label, tensors=tensors, extra=(*model.extra, config, weights))
+    head = changes.head()
+    tensors = cast("dict[str, Tensor]", {**model.tensors, **changes.found, **head})
+    facts = {**model.config, "tie_word_embeddings": False} if head else model.config
+    extra = (*model.extra, config, weights)
+    return replace(model, label=label, config=facts, tensors=tensors, extra=extra)
 
 
 def split_name(name: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
@@ -139,6 +143,17 @@ class _Changes:
             f"{list(stored.shape)} and the settings of {CONFIG}. Use the model that the adapter "
             "was trained on, its vocabulary resized if the training did so."
         )
+
+    def head(self) -> dict[str, Tensor]:
+        """The output head that was tied to an embedding which was trained in full: peft trains a
+        copy of such an embedding, so that the head keeps the old one."""
+        kinds = self.model.config.get("architectures")
+        causal = str(kinds).endswith(("ForCausalLM']", "LMHeadModel']"))
+        if not causal or any(name.endswith(HEAD) for name in self.model.tensors):
+            return {}
+        saved = tuple(f"{module}.weight" for module in self.settings.saved)
+        old = [self.model.tensors[n] for n in self.found if n.endswith(TIED) and n.endswith(saved)]
+        return {"lm_head.weight": old[0]} if old else {}
 
     def pair(self) -> None:
         """Join the factors of each module to its weight.

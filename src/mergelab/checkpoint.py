@@ -19,6 +19,7 @@ import numpy as np
 from mergelab.errors import Problems, UserError
 
 MAX_HEADER = 100_000_000
+MOST_DIMENSIONS = 64  # as numpy
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER = re.compile(
@@ -156,11 +157,14 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> Tensor:
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
         raise UserError(_broken(file, f"tensor {name!r} lacks dtype, shape or offsets")) from None
-    if not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
+    if not name.isprintable():
+        raise UserError(_broken(file, f"no tensor can be called {name[:80]!r}"))
+    sound = len(numbers) <= MOST_DIMENSIONS + 2
+    if not sound or not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
         raise UserError(_broken(file, f"tensor {name!r} has impossible sizes"))
     if not isinstance(dtype, str) or dtype not in BITS:
         raise UserError(
-            f"{file}: tensor {name!r} is stored as {dtype!s:.20}, which cannot be merged. "
+            f"{file}: tensor {name!r} is stored as {str(dtype)[:20]!r}, which cannot be merged. "
             "Convert the model to bfloat16, float16 or float32 first."
         )
     tensor = Tensor(name, dtype, tuple(shape), file, start + begin)
@@ -315,6 +319,11 @@ def _tensors(folder: Path, label: str, file: str | None = None) -> dict[str, Ten
     index = folder / INDEX
     where = _index(index, label) if index.is_file() and not file else None
     names = sorted(set(where.values())) if where else [file or _single(folder, label)]
+    if where and SINGLE not in names and (folder / SINGLE).is_file():
+        raise UserError(
+            f"model {label}: {folder} holds {SINGLE} and the shards of {INDEX}, two sets of "
+            "weights, and transformers would load the first. Move away what is not the model's."
+        )
     problems, found = Problems(), dict[str, Tensor]()
     for name in names:
         try:
@@ -362,7 +371,7 @@ def _index(index: Path, label: str) -> dict[str, str]:
         raise UserError(f"{index}: has no weight_map of file names.")
     for name in sorted(set(names.values())):
         plain = name == Path(name).name and name not in ("", ".", "..") and len(name) < 200
-        if not plain or "\\" in name or "\0" in name:
+        if not plain or "\\" in name or not name.isprintable():
             raise UserError(
                 f"{index}: names a file outside the model's folder: {name[:80]!r}. "
                 "Do not trust this model; download it again from its source."

@@ -8,6 +8,7 @@ from typing import Any
 from mergelab.checkpoint import NAMES, Checkpoint
 from mergelab.errors import Problems, UserError
 from mergelab.modules import TEXT, Part, kind
+from mergelab.stacking import HEAD
 from mergelab.writer import Planned
 
 FUNCTION = (  # fields that change what the weights compute
@@ -39,7 +40,7 @@ def merged_config(
     if len(dtypes) == 1:
         key = "dtype" if "dtype" in config else "torch_dtype"
         config[key] = NAMES[dtypes.pop()]
-    heads = [n for n in (t.name for t in tensors) if n.endswith("lm_head.weight")]
+    heads = [n for n in (t.name for t in tensors) if n.endswith(HEAD)]
     if heads and heads[0] not in donor.tensors:
         config["tie_word_embeddings"] = False
     for part in parts:

@@ -25,7 +25,7 @@ from mergelab.checkpoint import (
     to_float,
 )
 from mergelab.progress import bar
-from mergelab.show import out
+from mergelab.show import out, printable
 
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 16  # elements; one block of each tensor and its float64 copies stay in cache
@@ -263,15 +263,12 @@ def show(result: dict[str, Any]) -> None:
     """Print a comparison for people: the answer first, then the tensors that differ."""
     totals = result["totals"]
     for line in _summary(result):
-        out.print(Text(line))
+        out.print(Text(printable(line)))
     if not totals["different"]:
         return
     different = sorted((e for e in result["tensors"] if not e["equal"]), key=_badness)
-    rows = Table(
-        Column("tensor, worst first", overflow="fold", min_width=24), box=None, pad_edge=False
-    )
-    for title in ("dtype", "differ", "max ulp", "max difference", "cosine"):
-        rows.add_column(title, no_wrap=True)
+    titles = ("tensor, worst first", "dtype", "differ", "max ulp", "max diff", "cosine")
+    rows = Table(*(Column(title, overflow="fold") for title in titles), box=None, pad_edge=False)
     for entry in different[:ROWS]:
         rows.add_row(*map(Text, _row(entry)))
     out.print()
@@ -315,11 +312,11 @@ def _percent(measures: dict[str, Any]) -> str:
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     dtypes = entry["dtypes"]
-    dtype = dtypes[0] if dtypes[0] == dtypes[1] else f"{dtypes[0]} / {dtypes[1]}"
+    dtype = "/".join(dict.fromkeys(dtypes))
     if not entry["compared_as"]:
         first, second = entry["shapes"]
         why = f"shapes {first} and {second}" if first != second else "not comparable"
-        return entry["name"], dtype, why, "", "", ""
+        return f"{entry['name']}\n  {why}", dtype, "", "", "", ""
     steps = f"{entry['max_ulp']:,}"
     if dtypes[0] != dtypes[1]:
         steps += f" of {entry['ulp_of']}"

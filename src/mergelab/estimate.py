@@ -24,7 +24,7 @@ PATIENCE = 0.25  # seconds after which a probe stops at the next step
 def costs(plan: Plan, out: Path, *, passes: int) -> dict[str, Any]:
     """Where the inputs are, the room at `out`, and the seconds that the disks will need.
 
-    passes: how often the merge reads its inputs (survey rounds + 1). Speeds are in bytes per
+    passes: how often the merge reads its inputs (`Plan.passes`). Speeds are in bytes per
     second; what cannot be measured is None. Takes under a second and leaves no file."""
     inputs = {name: origin(model.folder) for name, model in plan.checkpoints.items()}
     download = sum({i["commit"]: i["download"] for i in inputs.values() if i}.values())

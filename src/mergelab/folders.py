@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from mergelab.errors import UserError
 
 
 def cache_folder(name: str) -> Path:
@@ -27,11 +30,11 @@ def alone(out: Path) -> Iterator[None]:
     """Let one process at a time build `out`; the others wait. The system frees a dead one's lock.
 
     The lock file is deleted at the end, so a waiter must look whether it holds the file of today.
-    """
+    Raises UserError if it is somebody else's, and OSError if the folder cannot be written to."""
     path = out.with_name(f".{out.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("w") as file:
+        with _opened(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_file_at(path, file.fileno()):
                 continue
@@ -40,6 +43,18 @@ def alone(out: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("w")
+    except OSError as error:
+        if not path.exists():
+            raise
+        raise UserError(
+            f"{path}: cannot be locked: {error.strerror}. Does another user work there? Wait for "
+            "them, or choose another folder; if nobody does, delete this file."
+        ) from None
 
 
 def held(out: Path) -> bool:

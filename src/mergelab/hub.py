@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,17 +20,15 @@ from typing import Any, TypeVar
 
 from mergelab import hub_api
 from mergelab.checkpoint import INDEX
-from mergelab.errors import Problems, UserError
+from mergelab.errors import UserError
 from mergelab.folders import alone, move_into_place, partial_folder
 from mergelab.hub_api import client
 from mergelab.hub_errors import explained, hub_url, no_hub, patient
 from mergelab.hub_files import COMMIT, HubFile, is_plausible, is_safe_name, needed
 from mergelab.progress import arriving, bar, say
 from mergelab.record import file_sha256, write_json
-from mergelab.study import Study
 
 T = TypeVar("T")
-VERSION = 1
 HUB_ID = re.compile(
     r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([A-Za-z0-9_][\w./+-]*))?\Z", re.A
 )
@@ -66,99 +64,6 @@ def split(hub_id: str, kind: str = "model") -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def lock(
-    study: Study,
-    hub_ids: Iterable[str] = (),
-    datasets: Collection[str] = (),
-    more: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Resolve every hub model of `study` (and `hub_ids`), and `datasets`, to a commit and write
-    lock.json; `more` gives further sections of it, from that of the models.
-
-    Raises UserError with everything that cannot be pinned; then nothing is written."""
-    wanted = {model.hub for model in study.models.values() if model.hub} | set(hub_ids)
-    before = _read_lock(study.lock) if study.lock.exists() else {}
-    problems, models, locked_sets = Problems(), {}, {}
-    if not wanted and not datasets:
-        say(f"{study.folder}: no model comes from a hub; there is nothing to lock.")
-    for repo in sorted(set(datasets)):
-        try:
-            locked_sets[repo] = {"commit": listing(repo, None, "dataset")[0]}
-            say(f"dataset {repo}: commit {locked_sets[repo]['commit']}")
-        except UserError as error:
-            problems.add(str(error))
-    for hub_id in sorted(wanted):
-        try:
-            pinned = _pin(hub_id)
-        except UserError as error:
-            problems.add(str(error))
-            continue
-        models[hub_id] = {
-            "commit": pinned.commit,
-            "files": {file.name: file.facts() for file in pinned.files},
-        }
-        was = before[hub_id].get("commit") if hub_id in before else None
-        moved = f" (was {was})" if was not in (None, pinned.commit) else ""
-        say(f"{hub_id}: commit {pinned.commit}{moved}, {len(pinned.files)} files")
-    problems.raise_if_any()
-    locked: dict[str, Any] = {"version": VERSION, "models": models}
-    locked |= more(models) if more else {}
-    if locked_sets:
-        locked["datasets"] = locked_sets
-    write_json(study.lock, locked)
-    return locked
-
-
-def resolve(hub_id: str, lock_path: Path) -> Pinned:
-    """The commit that `hub_id` stands for: from the lock, or its own 40-hex revision.
-
-    Asks no server. Raises UserError for a branch, tag or nothing that is not in the lock."""
-    repo, revision = split(hub_id)
-    entry = _read_lock(lock_path).get(hub_id) if lock_path.exists() else None
-    if entry is not None:
-        return _locked(hub_id, entry, lock_path)
-    if revision and COMMIT.match(revision):
-        return Pinned(repo, revision)
-    study = lock_path.parent
-    if not (study / "study.yaml").is_file():
-        raise UserError(
-            f"model {hub_id}: there is no such folder here, and as a hub model it is not pinned. "
-            f"Write {repo}@<40-hex commit>: the commit stands on the "
-            "model's page, under Files, History.   (mergelab lock pins the models of a study.)"
-        )
-    raise UserError(
-        f"{study / 'study.yaml'}: model {hub_id} is not pinned. Run: mergelab lock {study}   "
-        f"(or write {repo}@<40-hex commit>)"
-    )
-
-
-def resolve_dataset(repo: str, lock_path: Path) -> str:
-    """The commit of a dataset in the lock. Raises UserError if it is not there."""
-    entry = _read_lock(lock_path, "datasets").get(repo, {}) if lock_path.exists() else {}
-    commit = entry.get("commit")
-    if not COMMIT.match(str(commit)):
-        raise UserError(
-            f"{lock_path.parent / 'study.yaml'}: dataset {repo} is not pinned. "
-            f"Run: mergelab lock {lock_path.parent}"
-        )
-    return str(commit)
-
-
-def pin_datasets(repos: Iterable[str], lock_path: Path) -> None:
-    """Add datasets at their newest commits to a lock file, which may be a study's or not be there.
-
-    All that it holds stays as it is."""
-    whole: dict[str, Any] = {"version": VERSION, "models": {}}
-    known: dict[str, Any] = {}
-    if lock_path.exists():
-        known = _read_lock(lock_path, "datasets")
-        whole = json.loads(lock_path.read_text(encoding="utf-8"))
-    for repo in sorted(set(repos) - known.keys()):
-        known[repo] = {"commit": listing(repo, None, "dataset")[0]}
-        say(f"dataset {repo}: commit {known[repo]['commit']}")
-        write_json(lock_path, whole | {"datasets": known})
-
-
 def download_dataset(
     repo: str, commit: str, names: Iterable[str], files: dict[str, HubFile], out: Path
 ) -> None:
@@ -169,7 +74,7 @@ def download_dataset(
     total = sum(files[name].size for name in wanted)
     with explained(repo, commit, "dataset"), arriving(f"fetch {repo}", out, total):
         snapshot(repo, commit, wanted, out, "dataset")
-    if wrong := _differences(out, [files[name] for name in wanted]):
+    if wrong := differences(out, [files[name] for name in wanted]):
         raise UserError(f"{repo}@{commit}: {'; '.join(wrong)}. Run the command again.")
 
 
@@ -201,7 +106,7 @@ def dataset_file(hub_id: str, name: str) -> Path:
 
 def _already_there(pinned: Pinned, out: Path) -> dict[str, Any] | None:
     files = pinned.files or _noted_files(out, pinned)
-    if not files or not out.is_dir() or _differences(out, files):
+    if not files or not out.is_dir() or differences(out, files):
         return None
     say(f"{pinned}: already in {out}")
     return _account(pinned, files, out)
@@ -212,11 +117,11 @@ def _fetch(pinned: Pinned, out: Path) -> dict[str, Any]:
     partial = partial_folder(out, pinned.commit[:12])
     _link_from_other_studies(pinned, files, out, partial)
     _check_room(pinned, files, partial)
-    missing = [file for file in files if _differences(partial, [file])]
+    missing = [file for file in files if differences(partial, [file])]
     total = sum(file.size for file in missing)
     with explained(pinned.repo, pinned.commit), arriving(f"fetch {pinned.repo}", partial, total):
         snapshot(pinned.repo, pinned.commit, [file.name for file in missing], partial)
-    if wrong := _differences(partial, files):
+    if wrong := differences(partial, files):
         shutil.rmtree(partial)
         raise UserError(
             f"{pinned}: {'; '.join(wrong)}. The download was thrown away; run the command again. "
@@ -238,7 +143,7 @@ def _link_from_other_studies(
             continue
         for file in files:
             place = partial / file.name
-            if place.exists() or _differences(folder, [file]):
+            if place.exists() or differences(folder, [file]):
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # another disk, or one without links
@@ -252,10 +157,11 @@ def check(pinned: Pinned, out: Path) -> list[str]:
     files = pinned.files or _noted_files(out, pinned)
     if not files:
         raise UserError(f"{pinned}: nothing here says what its files should be. Fetch it first.")
-    return _differences(out, files)
+    return differences(out, files)
 
 
-def _pin(hub_id: str) -> Pinned:
+def pin(hub_id: str) -> Pinned:
+    """The commit that org/name[@revision] stands for now, and its files; asks the hub."""
     repo, revision = split(hub_id)
     commit, files = listing(repo, revision)
     if revision and COMMIT.match(revision) and commit != revision:
@@ -305,23 +211,13 @@ def _read_index(pinned: Pinned, file: HubFile) -> str:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         with explained(pinned.repo, pinned.commit):
             snapshot(pinned.repo, pinned.commit, [file.name], Path(folder))
-        if wrong := _differences(Path(folder), (file,)):
+        if wrong := differences(Path(folder), (file,)):
             raise UserError(f"{pinned}: {wrong[0]}. Run the command again.")
         return (Path(folder) / INDEX).read_text(encoding="utf-8", errors="replace")
 
 
-def _read_lock(path: Path, section: str = "models") -> dict[str, Any]:
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        entries = whole["models"] if section == "models" else whole.get(section, {})
-        return {hub_id: dict(entry.items()) for hub_id, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"{path}: is no lock file. Delete it and run: mergelab lock {path.parent}"
-        ) from None
-
-
-def _locked(hub_id: str, entry: Any, path: Path) -> Pinned:
+def read_entry(hub_id: str, entry: Any, path: Path) -> Pinned:
+    """What `path` (a lock, the note of a download) holds of a hub model, checked."""
     repo, revision = split(hub_id)
     try:
         commit = entry["commit"]
@@ -347,7 +243,7 @@ def _noted_files(out: Path, pinned: Pinned) -> tuple[HubFile, ...]:
     try:
         entry = json.loads(note.read_text(encoding="utf-8"))
         same = (entry["hub"], entry["commit"]) == (pinned.repo, pinned.commit)
-        return _locked(str(pinned), entry, note).files if same else ()
+        return read_entry(str(pinned), entry, note).files if same else ()
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return ()
 
@@ -355,7 +251,7 @@ def _noted_files(out: Path, pinned: Pinned) -> tuple[HubFile, ...]:
 def _agreed_files(pinned: Pinned) -> tuple[HubFile, ...]:
     """Ask the hub for the commit's files; where a lock names them, both must say the same."""
     if not pinned.files:
-        return _pin(str(pinned)).files
+        return pin(str(pinned)).files
     _, files = listing(pinned.repo, pinned.commit)
     for file in pinned.files:
         if file.name not in files:
@@ -411,7 +307,7 @@ def in_parallel(call: Callable[[T], Any], things: Iterable[T]) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _differences(folder: Path, files: Iterable[HubFile]) -> list[str]:
+def differences(folder: Path, files: Iterable[HubFile]) -> list[str]:
     """What is not as pinned, in words; empty if every file has its size and hash."""
     wrong, files = [], list(files)
     with bar("check files", sum(file.size for file in files)) as progress:

@@ -97,7 +97,7 @@ def _draw(pinned: Pinned, sketch: Path) -> None:
     with building(sketch, pinned.commit[:12]) as folder:
         with explained(pinned.repo, pinned.commit):
             hub.snapshot(pinned.repo, pinned.commit, [file.name for file in small], folder)
-            if wrong := hub._differences(folder, small):
+            if wrong := hub.differences(folder, small):
                 raise UserError(f"{pinned}: {'; '.join(wrong)}. Run the command again.")
             shutil.rmtree(folder / ".cache", ignore_errors=True)
             hub.in_parallel(lambda file: _outline(pinned, file, folder), weights)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mergelab import hub, hub_headers, models
+from mergelab import hub, hub_headers, lockfile, models
 from mergelab.adapters import split_name
 from mergelab.errors import Problems, UserError, nearest
 from mergelab.recipe import load_recipe
@@ -69,7 +69,7 @@ def folder(
     if study is not None and name in study.models:
         source = study.models[name].hub
         if source and not weights:
-            pinned = hub.resolve(source, study.lock)
+            pinned = lockfile.resolve(source, study.lock)
             return hub_headers.folder_to_plan(pinned, models.folder(study, name, results))
         return models.existing(study, name, results)
     return _outside(name, recipe, results, weights=weights) or _nothing(name, recipe, study)
@@ -81,7 +81,7 @@ def _outside(name: str, recipe: Recipe, results: Path, *, weights: bool = True) 
         return found
     if not is_hub_id(name):
         return None
-    pinned = hub.resolve(name, recipe.path.parent / "lock.json")
+    pinned = lockfile.resolve(name, recipe.path.parent / "lock.json")
     out = home(pinned, results)
     if not weights:
         return hub_headers.folder_to_plan(pinned, out)
@@ -99,7 +99,7 @@ def fixed(name: str, recipe: Recipe, study: Study) -> str:
     if found := local(name):
         return models.fingerprint(found)
     if is_hub_id(name):
-        return hub.resolve(name, study.lock).commit
+        return lockfile.resolve(name, study.lock).commit
     return _nothing(name, recipe, study)
 
 
@@ -158,7 +158,7 @@ def check(study: Study, results: Path) -> Iterator[tuple[str, list[str]]]:
 
     Asks no hub. Raises UserError if one was never fetched."""
     for hub_id in hub_ids(study.recipes, study):
-        pinned = hub.resolve(hub_id, study.lock)
+        pinned = lockfile.resolve(hub_id, study.lock)
         out = home(pinned, results)
         yield hub_id, [f"{out}: {wrong}." for wrong in hub.check(pinned, out)]
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mergelab import gguf, hashes, hub, wheels
+from mergelab import gguf, hashes, hub, lockfile, wheels
 from mergelab.errors import UserError, nearest
 from mergelab.progress import bar
 from mergelab.record import digest
@@ -30,7 +30,7 @@ def fetch(study: Study, model: str, out: Path) -> dict[str, Any]:
 
 def _bring(study: Study, source: Model, out: Path) -> dict[str, Any]:
     if source.hub is not None:
-        return hub.download(hub.resolve(source.hub, study.lock), out)
+        return hub.download(lockfile.resolve(source.hub, study.lock), out)
     if source.gguf is not None:
         return _unpack(study, source, source.gguf, out)
     if source.path is not None:
@@ -49,7 +49,7 @@ def check(study: Study, model: str, results: Path) -> list[str]:
     source = _model(study, model)
     if source.hub is None:
         return []
-    return hub.check(hub.resolve(source.hub, study.lock), folder(study, model, results))
+    return hub.check(lockfile.resolve(source.hub, study.lock), folder(study, model, results))
 
 
 def folder(study: Study, name: str, results: Path) -> Path:

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 from mergelab.errors import nearest
+from mergelab.methods import METHODS
 from mergelab.methods.base import Method, Parameter
 from mergelab.yamlfile import Map, Reader, Seq, as_number
 
+INERT = "int8_mask"  # has no effect on any result, so any method may have it
 Scalar = float | bool | str
 Value = Scalar | tuple[Scalar, ...]
 
@@ -76,6 +78,8 @@ class ParameterReader(Reader):
         for name, value in map.items() if self.method else ():
             assert self.method is not None
             parameter, line = self.method.parameter(name), map.lines[name]
+            if parameter is None and name == INERT:
+                continue
             if parameter is None:
                 self.unknown(line, name, self.method)
             elif of_model and not parameter.per_model:
@@ -92,6 +96,8 @@ class ParameterReader(Reader):
 
     def unknown(self, line: int, name: str, method: Method) -> None:
         hint = nearest(name, (p.name for p in method.parameters))
+        if not hint and any(other.parameter(name) for other in METHODS.values()):
+            hint = " It belongs to other methods, and mergekit ignores it here: remove it."
         takes = ", ".join(describe(p) for p in method.parameters)
         self.wrong(
             line,
@@ -107,13 +113,15 @@ class ParameterReader(Reader):
             value = [value]
         if isinstance(value, Seq | list) and any(isinstance(v, Map) for v in value):
             for entry in value:
+                if isinstance(entry, Map):
+                    self.keys(entry, ("filter", "value"), f"an entry of '{name}'")
                 if not isinstance(entry, Map) or "value" not in entry:
-                    self.wrong(line, f"each entry of '{name}' needs a 'value'.")
+                    at = entry.line if isinstance(entry, Map) else line
+                    self.wrong(at, f"each entry of '{name}' needs a 'value'.")
                     continue
-                self.keys(entry, ("filter", "value"), f"an entry of '{name}'")
-                pattern = self.text(entry, "filter", None)
+                pattern = self.get(entry, "filter", str, None)
                 parsed = parse(entry["value"], entry.lines["value"])
-                yield Setting(parsed, None if pattern in (None, "*") else pattern)
+                yield Setting(parsed, None if pattern in (None, "", "*") else pattern)
         elif value is not None and value != []:
             yield Setting(parse(value, line), None)
 
@@ -127,6 +135,8 @@ class ParameterReader(Reader):
         if parameter.kind == "flag":
             if isinstance(value, bool) or value in (0, 1):
                 return bool(value)
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
             self.wrong(line, f"'{parameter.name}' must be true or false, not {value!r}.")
             return False
         if parameter.kind == "choice":

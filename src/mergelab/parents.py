@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mergelab import hub, locate
+from mergelab import hub, locate, lockfile
 from mergelab.errors import UserError
 from mergelab.recipe import load_recipe
 from mergelab.study import Study
@@ -65,7 +65,7 @@ def _parent(study: Study, name: str) -> Parent:
     source = model.hub if model else name
     if source is None or not locate.is_hub_id(source):
         return Parent(name, None, None, None, Path(name).name)
-    pinned = hub.resolve(source, study.lock)
+    pinned = lockfile.resolve(source, study.lock)
     return Parent(name, pinned.repo, pinned.commit, hub.licence(pinned), name)
 
 

@@ -17,6 +17,7 @@ from mergelab.errors import Problems, UserError
 from mergelab.methods.base import BLOCK
 from mergelab.modules import parts
 from mergelab.planner import Planner
+from mergelab.stacking import spelled_alike
 from mergelab.structure import Recipe
 from mergelab.vocabulary import Vocabulary, build
 from mergelab.writer import Planned, lay_out
@@ -88,9 +89,11 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
 
     Raises UserError with everything that is wrong with recipe and models together."""
     problems = Problems()
-    checkpoints = _open_all(recipe, folders, problems)
-    donor = checkpoints[recipe.base or recipe.models[0]]
-    modules = parts(recipe, checkpoints, donor, problems)
+    opened = _open_all(recipe, folders, problems)
+    donor = opened[recipe.base or recipe.models[0]]
+    merged = spelled_alike({name: opened[name] for name in recipe.merged}, donor)
+    checkpoints = opened | merged
+    modules = parts(recipe, merged, donor, problems)
     problems.raise_if_any()
     vocabulary = None
     if recipe.tokenizer:
@@ -99,7 +102,7 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
     tensors = planner.tensors()
     warnings = [
         *_twins(folders, recipe),
-        *warnings_about(checkpoints, donor, problems, tokens=vocabulary is None),
+        *warnings_about(merged, donor, problems, tokens=vocabulary is None),
         *planner.notes,
         *(vocabulary.warnings if vocabulary else ()),
     ]

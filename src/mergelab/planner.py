@@ -16,6 +16,7 @@ from mergelab.vocabulary import Vocabulary
 from mergelab.writer import Planned
 
 PER_TENSOR = ("weight", "lambda", "t", "normalize", "int8_mask")  # no survey looks at these
+BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
 FEW = 3  # misfits of one kind that are told in full
 
 Found = list[tuple[Source, str, Tensor]]
@@ -126,6 +127,9 @@ class Planner:
         if optional and rule == "base_or_drop" and len(found) <= self.method.experts[0]:
             self.note(f"left out, for too few models have it for {self.method.name}", want.name)
             return False
+        if optional and any(_is_buffer(name, tensor) for _, name, tensor in found):
+            self.note("left out, as loaders compute it and not every model stores it", want.name)
+            return False
         for model, name in lacking:
             self.misfits.setdefault(f"missing in {model}", []).append(
                 f"model {model}: tensor {name} is missing, but another model has it. "
@@ -233,6 +237,12 @@ class Planner:
         if stored == {"F16", "BF16"}:
             return "F32"
         return next(dtype for dtype in FLOATS if dtype in stored)
+
+
+def _is_buffer(name: str, tensor: Tensor) -> bool:
+    """Is this no weight, but a table that older loaders stored: positions, a causal mask?"""
+    mask = name.endswith((".attn.bias", ".attention.bias")) and len(tensor.shape) == 4
+    return mask or name.endswith(BUFFERS)
 
 
 def _layer_is_missing(model: Checkpoint, name: str) -> bool:

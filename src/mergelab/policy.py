@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergelab import hub, lineage, locate
+from mergelab import hub, lineage, locate, lockfile
 from mergelab.ancestors import LOCKED, VERSION, Ancestry, locked, reports, unlocked
 from mergelab.ancestry import ancestries
 from mergelab.detectors import taint
@@ -136,7 +136,7 @@ def _kept(study: Study, wanted: Iterable[str]) -> Ancestry:
         )
     for hub_id in wanted:
         target = known.nodes.get(known.targets.get(hub_id, ""))
-        if target is None or target.commit != hub.resolve(hub_id, study.lock).commit:
+        if target is None or target.commit != lockfile.resolve(hub_id, study.lock).commit:
             raise UserError(
                 f"{study.lock}: holds no lineage of {hub_id} at its commit, which the policy of "
                 f"{study.folder / 'study.yaml'} asks for. {again}"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 PATIENCE = 0.5  # seconds that work may take without a bar
 FIRST, LONGEST = 10.0, 600.0  # seconds to a log's first line, and most between two of them
 BYTES = "bytes"

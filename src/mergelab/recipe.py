@@ -16,7 +16,7 @@ from mergelab.methods.base import Method
 from mergelab.parameters import ParameterReader, Setting
 from mergelab.structure import Module, Recipe, Slice, Source
 from mergelab.tokenizer import read_tokenizer
-from mergelab.yamlfile import REQUIRED, Map, parse, read
+from mergelab.yamlfile import REQUIRED, Map, Seq, as_number, parse, read
 
 TOP_KEYS = (
     "merge_method",
@@ -103,14 +103,14 @@ class _RecipeReader(ParameterReader):
     def modules(self, top: Map) -> tuple[Module, ...]:
         if not self.one_list(top, "a recipe", LISTS):
             return ()
-        if "modules" not in top:
+        if top.get("modules") is None:
             return (self.module(None, top, 1),)
         found = []
         listed = self.map(top, "modules")
         for name in listed:
             if not name:
                 self.wrong(listed.lines[name], "a module needs a name.")
-            map = self.map(listed, name)
+            map = self.map(listed, name, None)
             self.keys(map, ("models", "slices", "parameters"), "a module")
             if self.one_list(map, f"module '{name}'", LISTS[:2]):
                 found.append(self.module(name, map, listed.lines[name]))
@@ -118,7 +118,7 @@ class _RecipeReader(ParameterReader):
 
     def one_list(self, map: Map, what: str, keys: tuple[str, ...]) -> bool:
         """Is exactly one of `keys` given, and not empty?"""
-        given = [key for key in keys if key in map]
+        given = [key for key in keys if map.get(key) is not None]
         if len(given) != 1:
             quoted = [f"'{key}'" for key in keys]
             choice = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
@@ -130,7 +130,7 @@ class _RecipeReader(ParameterReader):
     def module(self, name: str | None, map: Map, line: int) -> Module:
         """What `map` lists; the parameters of a recipe are read with the recipe, not here."""
         own = self.parameters(self.map(map, "parameters", None)) if name else {}
-        if "models" in map:
+        if map.get("models") is not None:
             sources = tuple(self.source(m, ranged=False) for m in self.maps(map, "models"))
             slices = (Slice(sources, self.used(self.base), {}, map.lines["models"]),)
             return Module(name, slices, True, own, line)
@@ -170,7 +170,8 @@ class _RecipeReader(ParameterReader):
             return name
         long = self.map(map, key)
         inner = long if "path" in long else self.map(long, "model")
-        self.keys(long, ("path", "revision") if "path" in long else ("model", "lora"), "a model")
+        outer = ("model", "lora", "override_architecture")  # no template is needed here
+        self.keys(long, ("path", "revision") if "path" in long else outer, "a model")
         self.keys(inner, ("path", "revision"), "a model")
         path, revision = self.text(inner, "path"), self.text(inner, "revision", None)
         name = f"{path}@{revision}" if revision else path
@@ -179,10 +180,11 @@ class _RecipeReader(ParameterReader):
 
     def layer_range(self, map: Map) -> tuple[int, int] | None:
         pair = self.seq(map, "layer_range")
-        whole = [n for n in pair if isinstance(n, int) and not isinstance(n, bool)]
-        if "layer_range" not in map:
+        if not isinstance(map.get("layer_range"), Seq):
             return None
-        if len(pair) != 2 or len(whole) != 2 or not 0 <= pair[0] < pair[1]:
+        numbers = [as_number(end) for end in pair]
+        whole = [int(n) for n in numbers if n is not None and n.is_integer()]
+        if len(pair) != 2 or len(whole) != 2 or not 0 <= whole[0] < whole[1]:
             self.wrong(
                 map.lines["layer_range"],
                 "'layer_range' must be [first, end]: two integers, 0 <= first < end; end is not "

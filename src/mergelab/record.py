@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +154,12 @@ def forget(folder: Path, name: str, but: Path | None = None) -> None:
 
 def packages() -> dict[str, str]:
     """Versions of the packages that can reach a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 

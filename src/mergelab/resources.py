@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelab import hub, inference, locate, models
+from mergelab import inference, locate, lockfile, models
 from mergelab.cluster import Cluster
 from mergelab.errors import UserError
 from mergelab.plan import SHARD_SIZE, Plan, make_plan
@@ -236,7 +236,7 @@ class Estimates:
     def _locked(self, hub_id: str) -> int:
         """Bytes of weights of a hub model, by the lock."""
         try:
-            files = hub.resolve(hub_id, self.study.lock).files
+            files = lockfile.resolve(hub_id, self.study.lock).files
         except UserError:
             return UNKNOWN
         return sum(f.size for f in files if f.name.endswith(locate.SUFFIX)) or UNKNOWN

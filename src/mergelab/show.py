@@ -13,7 +13,7 @@ from mergelab.grouping import rows
 from mergelab.methods.base import Method, Parameter
 from mergelab.progress import size
 
-out = Console(highlight=False)
+out = Console(highlight=False, emoji=False)
 
 
 def printable(text: str) -> str:
@@ -24,11 +24,13 @@ def printable(text: str) -> str:
 def plan(description: dict[str, Any], costs: dict[str, Any]) -> None:
     """Print a plan (`plan.describe`), its costs (`estimate.costs`) and what applies to what."""
     out.print(f"[bold]{description['method']}[/]")
-    inputs = Table("model", "where", "tensors", "layers", box=None, pad_edge=False)
+    titles = (Column(t, overflow="fold") for t in ("model", "where", "tensors", "layers"))
+    inputs = Table(*titles, box=None, pad_edge=False)
     for name, facts in description["inputs"].items():
         where = _where(costs["inputs"].get(name), facts["folder"])
         named = f"{name} (base)" if name == description["base"] else name
-        inputs.add_row(*map(Text, (named, where, str(facts["tensors"]), str(facts["layers"]))))
+        told = (named, "" if where == name else where, facts["tensors"], facts["layers"])
+        inputs.add_row(*(Text(str(cell)) for cell in told))
     out.print(inputs)
     kinds, files = ", ".join(description["dtypes"]), len(description["files"])
     passes = f", {costs['passes']} times" if costs["passes"] > 1 else ""
@@ -143,6 +145,7 @@ def _default(parameter: Parameter) -> str:
 def _meaning(parameter: Parameter) -> str:
     if parameter.choices:
         return f"{parameter.help} ({' | '.join(parameter.choices)})"
-    if parameter.low is None or parameter.high is None:
+    if parameter.low is None:
         return parameter.help
-    return f"{parameter.help} ({parameter.low:g} to {parameter.high:g})"
+    most = "or more" if parameter.high is None else f"to {parameter.high:g}"
+    return f"{parameter.help} ({parameter.low:g} {most})"

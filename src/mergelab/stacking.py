@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from mergelab.checkpoint import Checkpoint, Tensor, split_layer
 from mergelab.errors import Problems
@@ -12,8 +12,22 @@ from mergelab.rows import OUTPUT
 from mergelab.structure import Recipe, Slice, Source
 
 EMBEDDINGS = ("embed", "wte", "wpe")
-TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-HEAD = "lm_head.weight"
+TIED = (  # the first of them that a model has
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    ".embeddings.weight",
+    "shared.weight",
+)
+HEAD = (  # output heads that may be tied to an embedding
+    "lm_head.weight",
+    "lm_head.decoder.weight",
+    "cls.predictions.decoder.weight",
+    "vocab_projector.weight",
+)
+PREFIXES = ("transformer.", "bert.")  # parts in front that a model saved without its head lacks
+NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+SHARING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 @dataclass(frozen=True)
@@ -37,10 +51,37 @@ def wanted(recipe: Recipe, part: Part, problems: Problems) -> list[Wanted]:
 
 
 def find(model: Checkpoint, name: str) -> Tensor | None:
-    """The tensor, or the embedding it is tied to if the model stores no output head."""
-    if name in model.tensors or not name.endswith(HEAD):
-        return model.tensors.get(name)
-    return next((t for n, t in model.tensors.items() if n.endswith(TIED)), None)
+    """The tensor; for an output head that the model does not store the embedding it is tied to,
+    for an encoder's or decoder's embedding the shared one."""
+    if name in model.tensors:
+        return model.tensors[name]
+    tied = TIED if name.endswith(HEAD) else ("shared.weight",) if name.endswith(SHARING) else ()
+    found = (t for end in tied for n, t in model.tensors.items() if n.endswith(end))
+    return next(found, None)
+
+
+def spelled_alike(models: Mapping[str, Checkpoint], donor: Checkpoint) -> dict[str, Checkpoint]:
+    """The models, their tensors named as the donor's where GPT-2 and BERT have two spellings."""
+    return {name: _spelled_as(model, donor.tensors) for name, model in models.items()}
+
+
+def _spelled_as(model: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The model in the spelling that fits most of the names; its own one if none fits better."""
+    wanted, best = frozenset(names), model
+    if model.tensors.keys() <= wanted:
+        return model
+    swapped = {new: old for old, new in NORMS.items()}
+    for norms in ({}, NORMS, swapped):
+        for add, drop in [("", ""), *((p, "") for p in PREFIXES), *(("", p) for p in PREFIXES)]:
+            found = {}
+            for name, tensor in model.tensors.items():
+                end = next((e for e in norms if name.endswith(e)), "")
+                new = name.removesuffix(end) + norms.get(end, "")
+                found[name if name in wanted else add + new.removeprefix(drop)] = tensor
+            fits = len(wanted & found.keys()) > len(wanted & best.tensors.keys())
+            if fits and len(found) == len(model.tensors):
+                best = replace(model, tensors=found)
+    return best
 
 
 def position(index: int, count: int) -> float:

@@ -152,7 +152,7 @@ def _last_line(log: Path) -> str:
 
 def show(found: Sequence[Row]) -> None:
     """Print the rows as a table, and how many are in each state."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, emoji=False)
     table = Table("step", "of", "state", "", box=None, pad_edge=False)
     for row in found:
         state = Text(row.state, style=STYLES[row.state])

@@ -19,8 +19,8 @@ from mergelab import (
     detectors,
     engine,
     evidence,
-    hub,
     locate,
+    lockfile,
     models,
     policy,
     report,
@@ -143,7 +143,7 @@ class Steps:
         """What fixes the bytes of a model that is not trained."""
         model = self.study.models[name]
         if model.hub is not None:
-            return hub.resolve(model.hub, self.study.lock).commit
+            return lockfile.resolve(model.hub, self.study.lock).commit
         if model.path is not None:
             folder = models.folder(self.study, name, Path())
             return models.fingerprint(folder) if folder.is_dir() else None
@@ -173,7 +173,7 @@ class Steps:
             if adapter:
                 content.append(locate.fixed(adapter, recipe, self.study))
         if ids := locate.direct(recipe, self.study):
-            commits = [hub.resolve(hub_id, self.study.lock).commit for hub_id in ids]
+            commits = [lockfile.resolve(hub_id, self.study.lock).commit for hub_id in ids]
             needs.append(self.add("fetch", name, [ids, commits, models.VERSION], []))
         return self.add("merge", name, content, needs)
 

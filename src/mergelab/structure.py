@@ -79,7 +79,13 @@ class Recipe:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model named, in recipe order; the base last if it is listed nowhere."""
+        """Every model named: those that are merged, then one that only gives the tokenizer."""
+        donor = self.tokenizer.model if self.tokenizer else None
+        return tuple(dict.fromkeys([*self.merged, *([donor] if donor else [])]))
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Every model that is merged, in recipe order; the base last if it is listed nowhere."""
         names = [name for module in self.modules for name in module.models]
         return tuple(dict.fromkeys([*names, *([self.base] if self.base else [])]))
 

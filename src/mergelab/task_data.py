@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from mergelab import hub, inference, task_checks, task_files, wheels, yamlfile
+from mergelab import hub, inference, lockfile, task_checks, task_files, wheels, yamlfile
 from mergelab.errors import Problems, UserError
 from mergelab.hub_files import COMMIT, HubFile
 from mergelab.progress import bar
@@ -103,7 +103,7 @@ def source(study: Study, bench: Benchmark, pin: Pin) -> Source | None:
     arguments.pop("trust_remote_code", None)
     commit = str(arguments.pop("revision", "") or "")
     if not COMMIT.match(commit):
-        commit = hub.resolve_dataset(repo, study.lock)
+        commit = lockfile.resolve_dataset(repo, study.lock)
     return Source(task, needed, repo, commit, plain.get("dataset_name"), arguments)
 
 

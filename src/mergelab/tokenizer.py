@@ -9,6 +9,7 @@ from mergelab.errors import nearest
 from mergelab.yamlfile import Map, Reader
 
 MOST_PADDING = 1 << 16
+WORDS = ("base", "union")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Tokenizer:
     tokens: Mapping[str, TokenSource] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
 
+    @property
+    def model(self) -> str | None:
+        """The model whose tokenizer it is, if the source names one."""
+        return None if self.source in WORDS else self.source
+
 
 def read_tokenizer(reader: Reader, top: Map, models: Sequence[str]) -> Tokenizer | None:
     """A recipe's `tokenizer_source` or `tokenizer`, None where it has neither.
@@ -38,7 +44,7 @@ def read_tokenizer(reader: Reader, top: Map, models: Sequence[str]) -> Tokenizer
     source = reader.text(top, "tokenizer_source", None)
     map = reader.map(top, "tokenizer", None)
     if top.get("tokenizer") is None:
-        _known(reader, source, models, top.lines.get("tokenizer_source", 1), ("base", "union"))
+        _known(reader, source, models, top.lines.get("tokenizer_source", 1), WORDS)
         return Tokenizer(source) if source else None
     if source:
         reader.wrong(
@@ -48,7 +54,7 @@ def read_tokenizer(reader: Reader, top: Map, models: Sequence[str]) -> Tokenizer
         )
     reader.keys(map, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
     source = reader.text(map, "source", "union")
-    _known(reader, source, models, map.lines.get("source", map.line), ("base", "union"))
+    _known(reader, source, models, map.lines.get("source", map.line), WORDS)
     multiple = reader.count(map, "pad_to_multiple_of", None, least=1)
     if multiple and multiple > MOST_PADDING:
         at = map.lines["pad_to_multiple_of"]
@@ -93,7 +99,11 @@ def _token_source(reader: Reader, tokens: Map, token: str, models: Sequence[str]
 def _known(
     reader: Reader, model: str | None, models: Sequence[str], line: int, words: tuple[str, ...]
 ) -> None:
-    if model and model not in models and model not in words:
+    elsewhere = words and "/" in (model or "")  # a path or hub id that no weight comes from
+    if model and model not in models and model not in words and not elsewhere:
         known = ", ".join([*words, *models])
         hint = nearest(model, [*words, *models])
-        reader.wrong(line, f"'{model}' is no model of this recipe.{hint}\n  Choose of: {known}.")
+        other = ", or ./FOLDER or ORG/NAME of another model" if words else ""
+        reader.wrong(
+            line, f"'{model}' is no model of this recipe.{hint}\n  Choose of: {known}{other}."
+        )

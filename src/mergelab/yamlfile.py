@@ -80,6 +80,11 @@ def _syntax_error(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{path}:{mark.line + 1}" if mark else str(path)
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if "another document" in what:
+        return (
+            f"{where}: a second document begins here. Write a file for each (a recipe names "
+            "another one of its folder as recipe:NAME)."
+        )
     return f"{where}: not valid YAML: {what}."
 
 

@@ -16,8 +16,8 @@ from mergelab.audit.verdicts import NO_RUN
 from mergelab.audit.weights import FETCH, Store, weigh
 from mergelab.checkpoint import open_checkpoint
 from mergelab.claims.base import Claim
-from mergelab.inputs import input_files
 from mergelab.errors import UserError
+from mergelab.inputs import input_files
 from mergelab.progress import say
 from mergelab.record import packages
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from mergelab import (
     datasets,
-    hub,
     hub_api,
     inference,
+    lockfile,
     models,
     score_table,
     scores,
@@ -225,7 +225,7 @@ def _prepared(job: _Job, bench: Benchmark) -> Study:
     study = replace(study, models={}, suite=(bench,), contamination=(), recipes=())
     if bench.data is None:
         if job.fetch and job.study is None:
-            hub.pin_datasets(task_data.repositories(study), study.lock)
+            lockfile.pin_datasets(task_data.repositories(study), study.lock)
         task_data.prepare(study, job.work)
     elif not is_file(bench.data) and not (job.work / "data" / f"{bench.data}.jsonl").is_file():
         name = bench.data.partition("/")[0]

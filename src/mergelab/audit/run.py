@@ -80,7 +80,7 @@ def record(study: Study, out: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(data: Mapping[str, Any]) -> None:
     """Print the verdict table; of a long one, what is wrong or doubtful."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, emoji=False)
     out.print(f"\n{printable(summary.sentence(data))}\n", markup=False)
     table = Table("", "of", "about", "verdict", "why", box=None, pad_edge=False)
     rows = data["verdicts"]

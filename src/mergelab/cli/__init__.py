@@ -8,43 +8,42 @@ import os
 import sys
 import threading
 import traceback
-from typing import Annotated
+from typing import Any
 
-import typer
+import rich_click as click
 
 from mergelab import __version__
 from mergelab.cli import model_verbs, study_verbs
 from mergelab.errors import UserError
 from mergelab.progress import console
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="""Merge language models so that anyone can re-create the result, and check its scores
-for contamination.
-
-A **study** is a folder such as `recipes/demo`: a `study.yaml` (models, benchmarks, checks) and one
-mergekit-compatible YAML per merge. Run a whole study with `snakemake --config study=demo`;
-the verbs below are its single steps. Exit code 0: done, 2: your input needs a change, 1: our
-fault, 130: stopped.""",
-)
+# --help is markdown, with a line after the first paragraph
+HELP = {"text_markup": "markdown", "padding_helptext_first_line": (0, 0, 1, 0)}
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"mergelab {__version__}")
-        raise typer.Exit
+class _Verbs(click.RichGroup):
+    """The verbs, in their order; Ctrl-C ends each with 130."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
-) -> None:
-    """Options before the verb."""
+@click.group(cls=_Verbs, context_settings={"show_default": True, "rich_help_config": HELP})
+@click.version_option(__version__, message="mergelab %(version)s", help="Print it.")
+def app() -> None:
+    """Merge language models so that anyone can re-create the result, and check its scores
+    for contamination.
+
+    A **study** is a folder such as `recipes/demo`: a `study.yaml` (models, benchmarks, checks) and
+    one mergekit-compatible YAML per merge. Run a whole study with `snakemake --config study=demo`;
+    the verbs below are its single steps. Exit code 0: done, 2: your input needs a change, 1: our
+    fault, 130: stopped."""
 
 
 VERBS = (  # in the order of --help
@@ -78,7 +77,7 @@ def main() -> None:
     code = 0
     try:
         app()
-    except SystemExit as end:  # how typer ends, after Ctrl-C with 130
+    except SystemExit as end:  # how click ends
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == 130:
             console.print("stopped", markup=False)

@@ -5,23 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import rich_click as click
 
-from mergelab.cli.options import (
-    RESULTS,
-    WORKERS,
-    AsJson,
-    Candidates,
-    JsonFile,
-    RecipeFile,
-    RecordFile,
-    Results,
-    Seed,
-    ShardSize,
-    Workers,
-)
+from mergelab.cli import options
 from mergelab.cli.records import forget, keep, still_asked
 from mergelab.errors import UserError, nearest
 from mergelab.progress import say
@@ -29,25 +17,33 @@ from mergelab.progress import say
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
+@options.recipe
+@options.out("Folder for the merged model; an earlier merge there is replaced.", required=True)
+@options.shard_size
+@options.workers
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Seed of the random masks of dare_* and della*.",
+)
+@click.option(
+    "--part",
+    default="1/1",
+    metavar="I/N",
+    help="Write only this part, such as 3/8; the last part done finishes.",
+)
+@options.results
+@options.record
 def merge(
-    recipe: RecipeFile,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--out", help="Folder for the merged model; an earlier merge there is replaced."
-        ),
-    ],
-    shard_size: ShardSize = "5GB",
-    workers: Workers = WORKERS,
-    seed: Seed = 0,
-    part: Annotated[
-        str,
-        typer.Option(
-            metavar="I/N", help="Write only this part, such as 3/8; the last part done finishes."
-        ),
-    ] = "1/1",
-    results: Results = RESULTS,
-    record: RecordFile = None,
+    recipe: Path,
+    out: Path,
+    shard_size: str,
+    workers: int,
+    seed: int,
+    part: str,
+    results: Path,
+    record: Path | None,
 ) -> None:
     """Merge models as a recipe says. Same recipe, same inputs: same bytes.
 
@@ -74,16 +70,12 @@ def merge(
         keep(record, outcome)
 
 
-def plan(
-    recipe: RecipeFile,
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="Where the merge would go; nothing is written there."),
-    ] = None,
-    shard_size: ShardSize = "5GB",
-    results: Results = RESULTS,
-    as_json: AsJson = False,
-) -> None:
+@options.recipe
+@options.out("Where the merge would go; nothing is written there.")
+@options.shard_size
+@options.results
+@options.as_json
+def plan(recipe: Path, out: Path | None, shard_size: str, results: Path, as_json: bool) -> None:
     """Show what a merge would read, write and need, and which tensors get which parameters.
 
     Of hub models that are not here, only config, tokenizer and headers are fetched (adapters are
@@ -96,17 +88,16 @@ def plan(
     costs = estimate.costs(planned, place, passes=planned.passes)
     description = describe(planned)
     if as_json:
-        typer.echo(json.dumps({**description, "costs": costs}, indent=1))
+        click.echo(json.dumps({**description, "costs": costs}, indent=1))
     else:
         show.plan(description, costs)
 
 
-def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Model folder or .safetensors file.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The one to compare with A.")],
-    as_json: AsJson = False,
-    workers: Workers = WORKERS,
-) -> None:
+@click.argument("a", type=options.PATH, help="Model folder or .safetensors file.")
+@click.argument("b", type=options.PATH, help="The one to compare with A.")
+@options.as_json
+@options.workers
+def diff(a: Path, b: Path, as_json: bool, workers: int) -> None:
     """Compare two models tensor by tensor: same bits, or how far apart?
 
     Counts the elements that differ and tells the largest distance in ulp (steps from one number
@@ -118,16 +109,13 @@ def diff(
 
     result = comparison.compare(open_checkpoint(a, str(a)), open_checkpoint(b, str(b)), workers)
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        click.echo(json.dumps(result, indent=1))
     else:
         comparison.show(result)
 
 
-def explain(
-    method: Annotated[
-        str, typer.Argument(metavar="[METHOD]", help="A merge method; without: list them all.")
-    ] = "",
-) -> None:
+@click.argument("method", default="", help="A merge method; without: list them all.")
+def explain(method: str) -> None:
     """Say what a merge method does: parameters, papers, differences to mergekit."""
     from mergelab import show
     from mergelab.methods import METHODS
@@ -140,15 +128,19 @@ def explain(
     show.methods([METHODS[method]] if method else list(METHODS.values()), full=bool(method))
 
 
+@click.argument("model", help="Folder of the model.")
+@options.more_candidates
+@options.candidates
+@click.option("--base", metavar="X", help="The common base, if you know it.")
+@options.json_file
+@options.workers
 def infer(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the model.")],
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    candidates: Candidates = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="X", help="The common base, if you know it.")
-    ] = None,
-    file: JsonFile = None,
-    workers: Workers = WORKERS,
+    model: str,
+    more: tuple[str, ...],
+    candidates: tuple[str, ...],
+    base: str | None,
+    file: Path | None,
+    workers: int,
 ) -> None:
     """Read from the weights how a model was made: `infer MODEL --candidates A B ... [--base X]`.
 
@@ -158,7 +150,7 @@ def infer(
     from mergelab.forensics import infer as forensics
     from mergelab.forensics.show import show
 
-    names = [*(candidates or ()), *(more or ())]
+    names = (*candidates, *more)
     if not names:
         raise UserError(f"infer {model}: name the models it may be made of: --candidates A B ...")
     known = {name: open_checkpoint(Path(name), name) for name in dict.fromkeys(names)}
@@ -168,41 +160,37 @@ def infer(
     _save(file, result)
 
 
+@click.argument(
+    "target", help="Hub model, folder of a model, claims file (*.yaml), or folder of a study."
+)
+@options.more_candidates
+@options.candidates
+@click.option("--base", metavar="X", help="Its base, where it has no recipe.")
+@click.option("--fetch", is_flag=True, help="Download models, parents and claimed benchmarks, too.")
+@click.option("--skip", multiple=True, metavar="WHAT", help="Leave out: weights, scores.")
+@click.option("--depth", type=click.IntRange(min=0), default=4, help="Generations of ancestors.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Items per benchmark that is scored again."
+)
+@options.out("Folder of the audit; of a study, of its results. Default: in results.")
+@options.json_file
+@options.workers
+@options.results
+@options.record
 def audit(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="Hub model, folder of a model, claims file (*.yaml), or folder of a study.",
-        ),
-    ],
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    candidates: Candidates = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="X", help="Its base, where it has no recipe.")
-    ] = None,
-    fetch: Annotated[
-        bool, typer.Option("--fetch", help="Download models, parents and claimed benchmarks, too.")
-    ] = False,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="WHAT", help="Leave out: weights, scores.")
-    ] = None,
-    depth: Annotated[int, typer.Option(min=0, help="Generations of ancestors.")] = 4,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Items per benchmark that is scored again.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--out",
-            help="Folder of the audit; of a study, of its results. Default: in results.",
-        ),
-    ] = None,
-    file: JsonFile = None,
-    workers: Workers = WORKERS,
-    results: Results = RESULTS,
-    record: RecordFile = None,
+    target: str,
+    more: tuple[str, ...],
+    candidates: tuple[str, ...],
+    base: str | None,
+    fetch: bool,
+    skip: tuple[str, ...],
+    depth: int,
+    limit: int | None,
+    out: Path | None,
+    file: Path | None,
+    workers: int,
+    results: Path,
+    record: Path | None,
 ) -> None:
     """Is a published merge what its card says, and are its scores real?
 
@@ -214,18 +202,18 @@ def audit(
     from mergelab.audit import run
     from mergelab.audit.target import read_target
 
-    for name in skip or ():
+    for name in skip:
         if name not in ("weights", "scores"):
             raise UserError(f"--skip {name}: what can be left out is: weights, scores.")
-    names = (*(candidates or ()), *(more or ()))
+    names = (*candidates, *more)
     asked = read_target(target, base, names)
     study = asked.study if asked.kind == "study" else None
     place = out or results / (study.name if study else f"audits/{_slug(target)}")
     if study:
         still_asked(record, study.folder, "audit", study.name)
         forget(place, "audit", study.name)
-    options = run.Options(fetch, depth, limit, tuple(skip or ()), workers)
-    data = run.audit(target, place, options, base=base, candidates=names)
+    how = run.Options(fetch, depth, limit, skip, workers)
+    data = run.audit(target, place, how, base=base, candidates=names)
     run.show(data)
     _save(file, data)
     if study:
@@ -247,16 +235,19 @@ def _save(file: Path | None, value: Any) -> None:
 
 
 def _plan(recipe: Path, results: Path, shard_size: str, *, weights: bool = True) -> Any:
-    from mergelab import locate, policy
+    from mergelab import locate
     from mergelab.plan import make_plan
     from mergelab.recipe import load_recipe
 
     largest = _bytes(shard_size)
     loaded = load_recipe(recipe)
     study = locate.study_of(recipe)
-    notes = policy.check(study, [recipe.stem]) if study else []
-    for note in notes if not weights else ():
-        say(f"note: {note}")
+    if study and study.policy.asks:
+        from mergelab import policy
+
+        notes = policy.check(study, [recipe.stem])
+        for note in notes if not weights else ():
+            say(f"note: {note}")
     folders = locate.folders(loaded, results / recipe.resolve().parent.name, weights=weights)
     return make_plan(loaded, folders, shard_size=largest)
 

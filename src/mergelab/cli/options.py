@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Any, TypeVar
 
-import typer
+import rich_click as click
 
 from mergelab.errors import UserError
 from mergelab.progress import say
 
-StudyFolder = Annotated[
-    Path, typer.Argument(metavar="STUDY", help="Folder of the study, such as recipes/demo.")
-]
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/demo/ties.yaml.")
-]
-Variant = Annotated[
-    str, typer.Argument(metavar="VARIANT", help="A model or a merge of the study, by its name.")
-]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model of study.yaml.")]
-Results = Annotated[
-    Path, typer.Option("--results", help="Folder of all results; a study's are in a folder of it.")
-]
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+RESULTS = Path("results")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(8, CORES)
 
 
-def _writable(context: typer.Context, path: Path | None) -> Path | None:
+class _Hidden(click.RichArgument):
+    """An argument without a line in --help."""
+
+    hidden = True
+
+
+def _writable(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
     """Checked before the work, so that nothing is lost for want of a place.
 
     One process at a time works on a step: a second one (of a Snakemake run that was killed while
@@ -44,39 +44,48 @@ def _writable(context: typer.Context, path: Path | None) -> Path | None:
         raise UserError(f"--record {path}: cannot be written: {error.strerror}.") from None
     if waits and path.is_file():
         say(f"{path.name}: done by that process")
-        raise typer.Exit
+        context.exit()
     return path
 
 
-RecordFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--record",
-        dir_okay=False,
-        callback=_writable,
-        help="Write the record of this step here, too; Snakemake asks for it.",
-    ),
-]
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = min(8, CORES)
-Workers = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Threads; the result does not depend on it.",
-        show_default="the cores that may be used, at most 8",
-    ),
-]
-ShardSize = Annotated[
-    str, typer.Option("--shard-size", help="Largest weight file, such as 5GB or 500MB.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random masks of dare_* and della*.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Candidates = Annotated[
-    list[str] | None,
-    typer.Option(metavar="A B ...", help="What it may be made of; several after one another."),
-]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", dir_okay=False, help="Write the result here as JSON, too.")
-]
-RESULTS = Path("results")
+study = click.argument("study", type=PATH, help="Folder of the study, such as recipes/demo.")
+recipe = click.argument("recipe", type=PATH, help="Recipe file, such as recipes/demo/ties.yaml.")
+variant = click.argument("variant", help="A model or a merge of the study, by its name.")
+
+
+def out(text: str, *, required: bool = False) -> Callable[[Verb], Verb]:
+    """The place of a verb's result; `text` says what is there."""
+    return click.option("-o", "--out", type=PATH, required=required, help=text)
+
+
+results = click.option(
+    "--results",
+    type=PATH,
+    default=RESULTS,
+    help="Folder of all results; a study's are in a folder of it.",
+)
+record = click.option(
+    "--record",
+    type=FILE,
+    callback=_writable,
+    help="Write the record of this step here, too; Snakemake asks for it.",
+)
+workers = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=WORKERS,
+    show_default="the cores that may be used, at most 8",
+    help="Threads; the result does not depend on it.",
+)
+shard_size = click.option(
+    "--shard-size", default="5GB", help="Largest weight file, such as 5GB or 500MB."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_file = click.option("--json", "file", type=FILE, help="Write the result here as JSON, too.")
+candidates = click.option(
+    "--candidates",
+    multiple=True,
+    metavar="A B ...",
+    help="What it may be made of; several after one another.",
+)
+more_candidates = click.argument("more", nargs=-1, cls=_Hidden)

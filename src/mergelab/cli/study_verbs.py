@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import rich_click as click
 
-from mergelab.cli.options import RESULTS, ModelName, RecordFile, Results, StudyFolder, Variant
+from mergelab.cli import options
 from mergelab.cli.records import forget, keep, load, still_asked
 from mergelab.errors import UserError, nearest
 from mergelab.progress import say, size
 
 
-def lock(study: StudyFolder) -> None:
+@options.study
+def lock(study: Path) -> None:
     """Pin every hub model and every dataset of the suite: names become commits in lock.json.
 
     If the study has a policy, the lineage of its hub models is looked up and kept there too."""
-    from mergelab import hub, locate, policy, task_data
+    from mergelab import locate, lockfile, policy, task_data
 
     loaded = load(study)
     ids = locate.hub_ids(loaded.recipes, loaded)
@@ -26,20 +27,17 @@ def lock(study: StudyFolder) -> None:
     if not ids and not sets and not any(model.hub for model in loaded.models.values()):
         say(f"{study}: has no hub models, so there is nothing to pin")
         return
-    hub.lock(loaded, ids, sets, policy.tracing(loaded))
+    lockfile.lock(loaded, ids, sets, policy.tracing(loaded))
     say(f"wrote {loaded.lock}")
     for note in policy.check(loaded):
         say(f"note: {note}")
 
 
-def data(
-    study: StudyFolder,
-    dataset: Annotated[
-        str, typer.Argument(metavar="[DATASET]", help="Only this one; lm_eval: the suite's.")
-    ] = "",
-    results: Results = RESULTS,
-    record: RecordFile = None,
-) -> None:
+@options.study
+@click.argument("dataset", default="", help="Only this one; lm_eval: the suite's.")
+@options.results
+@options.record
+def data(study: Path, dataset: str, results: Path, record: Path | None) -> None:
     """Fetch benchmark items and cut them into disjoint parts."""
     from mergelab import datasets, task_data
     from mergelab.study import TASK_DATA
@@ -62,17 +60,12 @@ def data(
     say(f"wrote {place / 'data'}: {', '.join(loaded.datasets)}")
 
 
-def fetch(
-    study: StudyFolder,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model of study.yaml; all with --check.")
-    ] = "",
-    check: Annotated[
-        bool, typer.Option("--check", help="Ask no hub: are the models here those of the lock?")
-    ] = False,
-    results: Results = RESULTS,
-    record: RecordFile = None,
-) -> None:
+@options.study
+@click.argument("model", default="", help="A model of study.yaml; all with --check.")
+@click.option("--check", is_flag=True, help="Ask no hub: are the models here those of the lock?")
+@options.results
+@options.record
+def fetch(study: Path, model: str, check: bool, results: Path, record: Path | None) -> None:
     """Bring one model of a study here: from the hub (verified), or out of a GGUF file.
 
     A local folder is only checked; it is used where it is. Given a recipe's name, fetches the hub
@@ -97,9 +90,11 @@ def fetch(
     say(f"ready: {models.folder(loaded, model, place)}")
 
 
-def train(
-    study: StudyFolder, model: ModelName, results: Results = RESULTS, record: RecordFile = None
-) -> None:
+@options.study
+@click.argument("model", help="A model of study.yaml.")
+@options.results
+@options.record
+def train(study: Path, model: str, results: Path, record: Path | None) -> None:
     """Train one model of a study, from scratch or from another one."""
     from mergelab import training
 
@@ -112,9 +107,11 @@ def train(
     say(f"wrote {place / 'models' / model}")
 
 
-def evaluate(
-    study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
-) -> None:
+@options.study
+@options.variant
+@options.results
+@options.record
+def evaluate(study: Path, variant: str, results: Path, record: Path | None) -> None:
     """Score a model or merge on the study's suite, through lm-eval."""
     from mergelab import models, scores
 
@@ -127,9 +124,11 @@ def evaluate(
     say(f"wrote {place / 'scores' / variant}.json")
 
 
-def probe(
-    study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
-) -> None:
+@options.study
+@options.variant
+@options.results
+@options.record
+def probe(study: Path, variant: str, results: Path, record: Path | None) -> None:
     """Run a model over the items of every contamination check; keep its log-probabilities."""
     from mergelab import evidence, models
 
@@ -142,9 +141,11 @@ def probe(
     say(f"wrote {place / 'evidence' / variant}")
 
 
-def detect(
-    study: StudyFolder, variant: Variant, results: Results = RESULTS, record: RecordFile = None
-) -> None:
+@options.study
+@options.variant
+@options.results
+@options.record
+def detect(study: Path, variant: str, results: Path, record: Path | None) -> None:
     """Compare a variant's evidence with its base's: was the benchmark in the training data?"""
     from mergelab import findings
 
@@ -156,7 +157,10 @@ def detect(
     say(f"wrote {place / 'findings' / variant}.json")
 
 
-def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = None) -> None:
+@options.study
+@options.results
+@options.record
+def report(study: Path, results: Path, record: Path | None) -> None:
     """Write report.html, report.json, metrics.json and plots/ of a study."""
     from mergelab import report as page
 
@@ -167,20 +171,14 @@ def report(study: StudyFolder, results: Results = RESULTS, record: RecordFile = 
     say(f"wrote {results / loaded.name / 'report.html'}")
 
 
-def soup(
-    study: StudyFolder,
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="Recipe to write, such as recipes/demo/soup.yaml.")
-    ],
-    benchmark: Annotated[
-        str, typer.Option(help="Benchmark to choose by; its items may serve nothing else.")
-    ],
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODELS]", help="Candidates; without, all models but the base."),
-    ] = None,
-    results: Results = RESULTS,
-) -> None:
+@options.study
+@options.out("Recipe to write, such as recipes/demo/soup.yaml.", required=True)
+@click.option(
+    "--benchmark", required=True, help="Benchmark to choose by; its items may serve nothing else."
+)
+@click.argument("models", nargs=-1, help="Candidates; without, all models but the base.")
+@options.results
+def soup(study: Path, out: Path, benchmark: str, models: tuple[str, ...], results: Path) -> None:
     """Choose models to average by their scores on held-out items; write it as a linear recipe.
 
     Greedy soup (arXiv 2203.05482): the best model first; each further one stays if the average
@@ -190,25 +188,27 @@ def soup(
     from mergelab import soup as soups
 
     loaded = load(study)
-    soups.make(loaded, benchmark, models or (), out, results / loaded.name)
+    soups.make(loaded, benchmark, models, out, results / loaded.name)
     say(f"wrote {out}")
 
 
+@options.study
+@click.argument("merge", help="A merge of the study.")
+@click.option("--to", required=True, metavar="ORG/NAME", help="Repository on the hub.")
+@click.option(
+    "--license", "licence", help="Needed where the parents' licences differ or are unknown."
+)
+@click.option("--upload", is_flag=True, help="Do it; without, only write and show what would go.")
+@click.option("--private", is_flag=True, help="A new repository is private.")
+@options.results
 def publish(
-    study: StudyFolder,
-    merge: Annotated[str, typer.Argument(metavar="MERGE", help="A merge of the study.")],
-    to: Annotated[str, typer.Option("--to", metavar="ORG/NAME", help="Repository on the hub.")],
-    licence: Annotated[
-        str | None,
-        typer.Option("--license", help="Needed where the parents' licences differ or are unknown."),
-    ] = None,
-    upload: Annotated[
-        bool, typer.Option("--upload", help="Do it; without, only write and show what would go.")
-    ] = False,
-    private: Annotated[
-        bool, typer.Option("--private", help="A new repository is private.")
-    ] = False,
-    results: Results = RESULTS,
+    study: Path,
+    merge: str,
+    to: str,
+    licence: str | None,
+    upload: bool,
+    private: bool,
+    results: Path,
 ) -> None:
     """Write a merge's model card, recipe and record; with --upload, put all on the hub.
 
@@ -229,7 +229,9 @@ def publish(
         say(f"Nothing was uploaded. Read {package.folder / 'README.md'}, then add --upload.")
 
 
-def status(study: StudyFolder, results: Results = RESULTS) -> None:
+@options.study
+@options.results
+def status(study: Path, results: Path) -> None:
     """Say what is done of a study, what runs, what failed, and what is out of date and why."""
     from mergelab import status as steps
 
@@ -237,14 +239,16 @@ def status(study: StudyFolder, results: Results = RESULTS) -> None:
     steps.show(steps.rows(loaded, results / loaded.name))
 
 
-def record(study: StudyFolder, record: RecordFile = None) -> None:
+@options.study
+@options.record
+def record(study: Path, record: Path | None) -> None:
     """Hand a finished study's results to DVC (dvc commit); `snakemake` does it as its last step.
 
     Without DVC, without git, or if dvc.yaml does not list the study, it says so and passes."""
     from mergelab import versions
 
     loaded = load(study)
-    say(versions.record(loaded, RESULTS / loaded.name, record))
+    say(versions.record(loaded, options.RESULTS / loaded.name, record))
 
 
 def _known(name: str, names: Any, what: str, study: Any) -> None:

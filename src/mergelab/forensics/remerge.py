@@ -15,7 +15,6 @@ from typing import Any
 
 from mergelab.adapters import split_name
 from mergelab.checkpoint import FLOATS, NAMES, Checkpoint, Tensor
-from mergelab.survey import in_order, survey_model
 from mergelab.errors import UserError
 from mergelab.forensics import peer_masks, remerge_why
 from mergelab.forensics.peer_select import SIMULATED
@@ -27,6 +26,7 @@ from mergelab.forensics.remerge_tally import Tally
 from mergelab.plan import SHARD_SIZE, Plan, make_plan
 from mergelab.progress import bar
 from mergelab.structure import Recipe
+from mergelab.survey import in_order, survey_model
 from mergelab.writer import RECORD, Planned
 
 __all__ = ["remerge", "show"]

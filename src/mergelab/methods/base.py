@@ -163,6 +163,4 @@ def normalize(default: bool) -> Parameter:
 
 def scope(what: str) -> Parameter:
     """Whether statistics are taken per tensor or over the whole flattened model."""
-    return Parameter(
-        "scope", "choice", False, "tensor", what, choices=("tensor", "model"), aliases={}
-    )
+    return Parameter("scope", "choice", False, "tensor", what, choices=("tensor", "model"))

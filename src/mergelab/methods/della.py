@@ -97,7 +97,7 @@ DIFFERS = (
     MASKS_DIFFER,
     "of equal magnitudes in a row the lowest index ranks highest, mergekit's order is unspecified",
     "rows of one entry are kept with chance density, where mergekit fails; tensors of three or "
-    "more dimensions have one row per entry of the first, where mergekit ranks along the second",
+    "more dimensions are ranked along the last, where mergekit ranks along the second",
 )
 
 DELLA = Method(

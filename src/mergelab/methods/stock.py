@@ -109,7 +109,6 @@ MODEL_STOCK = Method(
             "cosine",
             "over pairs of experts: the mean cosine, or the cosine of the mean angle",
             choices=("cosine", "angle"),
-            aliases={},
         ),
     ),
     model_stock,

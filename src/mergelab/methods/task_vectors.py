@@ -154,7 +154,6 @@ FLAVOUR = Parameter(
     "votes are unweighted, tied ones get the majority's sign); or of peft (unweighted votes; "
     "divides by the number of models that agree)",
     choices=("mergekit", "paper", "peft"),
-    aliases={},
 )
 NO_DENSITY = Parameter(
     "density", "number", True, 1.0, "accepted from mergekit recipes; has no effect", 0.0, 1.0
