@@ -376,6 +376,19 @@ def test_gradient_is_interpolated_over_the_layers() -> None:
     assert Setting((2.0,), None).at(0.7) == 2.0
 
 
+def test_a_layer_behind_those_of_the_config_stands_at_the_end_of_a_gradient(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "a")):  # a third layer that predicts further tokens
+        llama(tmp_path / name, seed, layers=3, num_hidden_layers=2)
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: task_arithmetic\nbase_model: base\n"
+        "models: [{model: a, parameters: {weight: [0, 1]}}]\n"
+    )
+    folders = {n: tmp_path / n for n in ("base", "a")}
+    plan = make_plan(load_recipe(tmp_path / "r.yaml"), folders, shard_size=SHARD_SIZE)
+    weights = {t.name: t.settings.experts[0]["weight"] for t in plan.tensors}
+    assert [weights[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(3)] == [0, 1, 1]
+
+
 def test_first_matching_filter_wins_and_levels_fall_through(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a")):
         llama(tmp_path / name, seed, layers=3)

@@ -230,15 +230,20 @@ class Checkpoint:
                 found.setdefault(prefix, set()).add(index)
         return {prefix: len(found[prefix]) for prefix in sorted(found)}
 
-    @cached_property
-    def _counted(self) -> list[str]:
-        """The stacks with as many layers as the config says that the (text) decoder has."""
+    @property
+    def depth(self) -> int | None:
+        """Number of layers of the (text) decoder as the config has it, if it does."""
         text = self.config.get("text_config")
         for facts in (self.config, text if isinstance(text, dict) else {}):
-            wanted = facts.get("num_hidden_layers", facts.get("n_layer"))
-            if wanted is not None:
-                return [prefix for prefix, count in self.stacks.items() if count == wanted]
-        return []
+            found = facts.get("num_hidden_layers", facts.get("n_layer"))
+            if found is not None:
+                return found if isinstance(found, int) else None
+        return None
+
+    @cached_property
+    def _counted(self) -> list[str]:
+        """The stacks with as many layers as the config says."""
+        return [prefix for prefix, count in self.stacks.items() if count == self.depth]
 
     @property
     def knows_its_stack(self) -> bool:

@@ -85,8 +85,9 @@ def _spelled_as(model: Checkpoint, names: Iterable[str]) -> Checkpoint:
 
 
 def position(index: int, count: int) -> float:
-    """Where a layer stands in its run, 0 to 1; the only layer of a run stands at 1."""
-    return index / (count - 1) if count > 1 else 1.0
+    """Where a layer stands in its run, 0 to 1; the only layer of a run, and any behind its end
+    (such as one that predicts further tokens), stands at 1."""
+    return index / (count - 1) if index < count > 1 else 1.0
 
 
 def _by_name(part: Part) -> Iterator[Wanted]:
@@ -97,6 +98,9 @@ def _by_name(part: Part) -> Iterator[Wanted]:
     for name in names:
         prefix, index, _ = split_layer(name)
         counts[prefix] = max(counts.get(prefix, 0), (index or 0) + 1)
+    if len(part.donor.stacks) == 1 and part.donor.depth:  # layers behind the last one do not count
+        (stack,) = part.donor.stacks
+        counts[stack] = min(counts[stack], part.donor.depth)
     sources = _with_base(slice)
     for name in names:
         prefix, index, _ = split_layer(name)
