@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import Run
@@ -86,6 +87,23 @@ def test_a_mistake_of_use_is_named_and_ends_with_2(
     done = mergelab(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert answer in done.stderr
+
+
+def test_control_characters_of_a_stranger_do_not_reach_the_terminal(mergelab: Run) -> None:
+    Path("r.yaml").write_text('merge_method: "\\e]0;title\\a"\nmodels: [{model: a}]\n')
+    done = mergelab("merge", "r.yaml", "-o", "out")
+    assert done.returncode == 2
+    assert "\N{REPLACEMENT CHARACTER}]0;title" in done.stderr
+    assert done.stderr.replace("\n", "").isprintable()
+
+
+def test_ctrl_c_while_the_program_is_imported_prints_no_traceback(
+    mergelab: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early/rich_click.py").write_text("raise KeyboardInterrupt")
+    done = mergelab("--version", PYTHONPATH=str(tmp_path / "early"))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_version_is_told(mergelab: Run) -> None:

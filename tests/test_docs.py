@@ -7,8 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from checkpoints import llama
 
+from mergelab import estimate
 from mergelab.methods import METHODS
+from mergelab.plan import SHARD_SIZE, describe, make_plan
+from mergelab.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -33,6 +37,22 @@ def test_the_readme_names_every_method_and_every_source_file() -> None:
     assert all(method in text for method in METHODS)
     for path in (ROOT / "src/mergelab").glob("*.py"):
         assert path.name in text or path.stem == "__init__", path.name
+
+
+def test_the_fields_of_a_plan_are_those_that_its_docstrings_and_the_docs_list(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "r.yaml").write_text("merge_method: passthrough\nmodels: [{model: a}]\n")
+    recipe, folders = load_recipe(tmp_path / "r.yaml"), {"a": llama(tmp_path / "a", 0)}
+    plan = make_plan(recipe, folders, shard_size=SHARD_SIZE)
+    costs = estimate.costs(plan, tmp_path, passes=plan.passes)
+    section = (ROOT / "docs/study.md").read_text().partition("## The plan as JSON")[2]
+    rows = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(.+?)`", row)}
+    assert documented == {*describe(plan), *(f"costs.{name}" for name in costs)}
+    for function, fields in ((describe, describe(plan)), (estimate.costs, costs)):
+        lines = re.findall(r"^    ([a-z_, ]+): ", function.__doc__ or "", re.MULTILINE)
+        assert {name for line in lines for name in line.split(", ")} == set(fields)
 
 
 def test_nothing_of_the_peer_is_imported() -> None:

@@ -12,11 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 from checkpoints import llama_tensors, write_model
 
-from mergelab import engine, hashes
+from mergelab import blocks, engine, hashes, journal, progress, record
 from mergelab.errors import UserError
 from mergelab.plan import Plan, make_plan
 from mergelab.recipe import load_recipe
@@ -277,6 +278,149 @@ def test_damaged_bytes_of_an_interrupted_merge_are_written_again(place: Path) ->
     )
 
 
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Ctrl-C when a worker is done with a block; counts the blocks that are finished after it.
+
+    The worker goes on once the main thread does nothing any more but wait for it."""
+
+    def __init__(self) -> None:
+        self.sent, self.later = False, 0
+
+    def block(self) -> None:
+        """A worker is done with a block."""
+        self.later += self.sent
+        if not self.sent:
+            main = threading.main_thread().ident
+            assert main
+            self.sent = True
+            signal.pthread_kill(main, signal.SIGINT)
+            while "shutdown" not in functions(main):  # of the pool
+                time.sleep(0.001)
+
+    def after(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that does a block."""
+
+        def act(*arguments: Any) -> None:
+            original(*arguments)
+            self.block()
+
+        return act
+
+    def during(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that yields blocks."""
+
+        def act(*arguments: Any) -> Iterator[Any]:
+            for piece in original(*arguments):
+                yield piece
+                self.block()
+
+        return act
+
+
+def functions(thread: int) -> list[str]:
+    """Names of the functions that a thread is in."""
+    frame, names = sys._current_frames().get(thread), list[str]()
+    while frame:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
+@pytest.fixture
+def interruption() -> Iterator[Interruption]:
+    """An interruption that is heard in this process, whoever started it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield Interruption()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("work", ["hash", "survey", "merge", "check", "hash what is written"])
+def test_ctrl_c_waits_for_a_block_and_not_for_a_file_or_tensor(
+    place: Path, monkeypatch: pytest.MonkeyPatch, interruption: Interruption, work: str
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    monkeypatch.setattr(journal, "PIECE", 1000)
+    monkeypatch.setattr(record, "CHUNK", 1000)
+    plan = planned("linear.yaml" if work == "merge" else "ties.yaml")
+    want = merge(plan, "reference")
+    if work == "check":
+        interrupted(plan)
+    with monkeypatch.context() as broken:
+        if work == "hash":
+            broken.setenv("XDG_CACHE_HOME", str(place / "other cache"))
+            broken.setattr(progress.Bar, "advance", interruption.after(progress.Bar.advance))
+        elif work in ("survey", "merge"):
+            broken.setattr(blocks.Files, "read", interruption.after(blocks.Files.read))
+        else:
+            broken.setattr(journal, "pieces", interruption.during(journal.pieces))
+        with pytest.raises(KeyboardInterrupt):
+            merge(plan)
+    assert interruption.sent
+    assert interruption.later == 0
+    assert not Path("out").exists()
+    assert merge(plan) == want
+    assert left(place) == ["out"]
+
+
+def test_ctrl_c_ends_the_program_with_130_before_a_terabyte_is_hashed(place: Path) -> None:
+    """Of each model a slice is merged, and all is hashed: hours, were they waited for."""
+    for name in ("a", "b"):
+        grow(place / name / "model.safetensors", llama_tensors(0), 10**12)
+    (place / "slice.yaml").write_text(SLICE)
+    command = [sys.executable, "-m", "mergelab.cli", "merge", "slice.yaml", "-o", "out"]
+    with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while max(positions(process.pid, "model.safetensors")) < 10**8:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=100)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said.splitlines() == [
+        "interrupted: out is as it was; the same command goes on from here.",
+        "stopped",
+    ]
+    assert left(place) == []
+
+
+SLICE = """\
+merge_method: passthrough
+dtype: bfloat16
+slices:
+- sources: [{model: a, layer_range: [0, 1]}]
+- sources: [{model: b, layer_range: [0, 1]}]
+"""
+
+
+def grow(path: Path, tensors: dict[str, Any], size: int) -> None:
+    """A model of one file with a tensor of `size` bytes in its second layer, all of it a hole."""
+    write_model(path.parent, tensors)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    span = [len(data) - end, len(data) - end + size]
+    header["model.layers.1.big.weight"] = {"dtype": "U8", "shape": [size], "data_offsets": span}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    os.truncate(path, 8 + len(text) + span[1])
+
+
+def positions(process: int, name: str) -> list[int]:
+    """How far a process has read its open files of a name; [0] if it has none open."""
+    found = [0]
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if link.readlink().name == name:
+                facts = (link.parent.with_name("fdinfo") / link.name).read_text()
+                found.append(int(facts.split()[1]))
+    return found
+
+
 # --- parts ----------------------------------------------------------------------------------------
 
 
@@ -314,6 +458,87 @@ def test_another_recipe_in_the_same_place_is_told_to_a_part(place: Path) -> None
     assert not folder.exists()
     assert merge(plan, part=(2, 2)) == {}
     assert merge(plan, part=(1, 2)) == merge(plan, "reference")
+
+
+# --- what other users have left -------------------------------------------------------------------
+
+
+def as_plain_user(place: Path, recipe: str) -> subprocess.CompletedProcess[str]:
+    """Merge as one whom permissions bind; root has them bind by giving up what overrides them."""
+    command = [sys.executable, "-m", "mergelab.cli", "merge", recipe, "-o", "out"]
+    if os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_a_working_folder_of_another_user_is_told(place: Path) -> None:
+    folder = interrupted(planned(shard_size=10**9))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    done = as_plain_user(place, "ties.yaml")
+    assert done.returncode == 2
+    assert ".partial/model" in done.stderr
+    assert "Permission denied. Have its owner" in done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_earlier_merge_that_may_not_be_written_to_is_not_replaced(place: Path) -> None:
+    merge(planned(shard_size=10**9))
+    Path("out").chmod(0o555)
+    same = as_plain_user(place, "ties.yaml")
+    assert (same.returncode, "is up to date" in same.stderr) == (0, True)
+    done = as_plain_user(place, "linear.yaml")
+    assert done.returncode == 2
+    assert "out: the earlier merge there is not writable, so it cannot be repl" in done.stderr
+    assert left(place) == ["out"]
+    Path("out").chmod(0o755)
+    assert as_plain_user(place, "linear.yaml").returncode == 0
+
+
+def test_a_rest_of_an_earlier_merge_that_cannot_be_deleted_is_told_at_once(place: Path) -> None:
+    Path(".out.replaced").mkdir()
+    Path(".out.replaced/model.safetensors").write_bytes(b"old")
+    Path(".out.replaced").chmod(0o555)
+    done = as_plain_user(place, "linear.yaml")
+    assert done.returncode == 2
+    assert ".out.replaced: this rest of an earlier merge cannot be deleted" in done.stderr
+    assert left(place) == [".out.replaced"]
+    Path(".out.replaced").chmod(0o755)
+    assert as_plain_user(place, "linear.yaml").returncode == 0
+    assert left(place) == ["out"]
+
+
+def test_a_record_that_cannot_be_read_is_not_called_missing(place: Path) -> None:
+    merge(planned())
+    Path("out/merge.json").chmod(0)
+    done = as_plain_user(place, "linear.yaml")
+    assert done.returncode == 2
+    assert "out/merge.json: cannot be read: Permission denied" in done.stderr
+    assert "holds no" not in done.stderr
+
+
+def test_a_whole_model_whose_place_is_taken_meanwhile_is_kept(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = merge(planned(), "reference")
+
+    def write_and_take(path: Path, value: Any) -> None:
+        record.write_json(path, value)
+        Path("out").mkdir()
+        Path("out/notes.txt").write_text("years of work")
+
+    with monkeypatch.context() as busy:
+        busy.setattr(engine, "write_json", write_and_take)
+        with pytest.raises(UserError, match=r"out: is not empty and holds no merge\.json"):
+            merge(planned())
+    shutil.rmtree("out")
+    (kept,) = place.glob(".out.*.partial/merge.json")
+    made = kept.stat().st_mtime_ns
+    assert merge(planned()) == want
+    assert Path("out/merge.json").stat().st_mtime_ns == made
 
 
 # --- full disks -----------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ def planned(folders: dict[str, Path], dtype: str = "bfloat16") -> Any:
     return make_plan(load_recipe(path), folders, shard_size=10**9)
 
 
-def shown(plan: Any, passes: int, capsys: pytest.CaptureFixture[str]) -> str:
+def shown(plan: Any, passes: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     show.plan(describe(plan), estimate.costs(plan, Path("results/x/merged/s"), passes=passes))
     return capsys.readouterr().out
@@ -376,10 +376,10 @@ def test_a_plan_says_what_must_be_downloaded(server, capsys, monkeypatch):
     commit = server.publish("acme/tiny", llama(Path("b"), 2))
     whole = sum(path.stat().st_size for path in Path("b").iterdir())
     plan = planned({"a": llama(Path("a"), 1), "b": sketched(f"acme/tiny@{commit}")})
-    costs = estimate.costs(plan, Path("results/x/merged/s"), passes=2)
+    costs = estimate.costs(plan, Path("results/x/merged/s"), passes=(2, 3))
     assert costs["download"] == whole
     assert costs["seconds"] is None
-    text = shown(plan, 2, capsys)
+    text = shown(plan, (2, 3), capsys)
     assert f"acme/tiny@{commit[:12]}, to download: {show.size(whole)}" in text
     assert f"fetch  {show.size(whole)} from the hub first" in text
     assert "time   unknown before the models are here" in text
@@ -388,14 +388,19 @@ def test_a_plan_says_what_must_be_downloaded(server, capsys, monkeypatch):
 def test_a_plan_of_local_models_says_room_and_time(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(show.out, "width", 200)
-    plan = planned({"a": llama(Path("a"), 1), "b": llama(Path("b"), 2)})
-    costs = estimate.costs(plan, Path("results/x/merged/s"), passes=2)
+    plan = planned({"a": large(Path("a"), 1), "b": large(Path("b"), 1)})
+    costs = estimate.costs(plan, Path("results/x/merged/s"), passes=(2, 3))
     assert costs["inputs"] == {"a": {}, "b": {}}
-    expected = 2 * plan.bytes_in / costs["read_speed"] + plan.bytes_out / costs["write_speed"]
+    files = 2 * Path("a/model.safetensors").stat().st_size
+    assert costs["hashed"] == files > plan.bytes_in
+    read = files + 3 * plan.bytes_in
+    expected = read / costs["read_speed"] + plan.bytes_out / costs["write_speed"]
     assert costs["seconds"] == expected > 0
     assert not Path("results").exists()
-    text = shown(plan, 2, capsys)
-    assert f"reads  {show.size(plan.bytes_in)}, 2 times" in text
+    text = shown(plan, (2, 3), capsys)
+    told = f"{show.size(files)} to hash new files, "
+    told += f"{show.size(plan.bytes_in)} of tensors 2 to 3 times"
+    assert f"reads  up to {show.size(read)}: {told}\n" in text
     assert "free at results/x/merged/s\n" in text
     assert "time   less than 2 s for the disks, if nothing is cached: reads at" in text
     assert "(just measured); arithmetic comes on top" in text
@@ -408,7 +413,7 @@ def test_long_names_of_models_are_folded_not_cut(tmp_path, monkeypatch, capsys, 
     plan = planned({"a": llama(Path("a"), 1), "b": llama(Path("b"), 2)})
     names = ["/gpfs/" + "group-" * 20 + name for name in ("one", "two")]
     facts = {name: {"folder": name, "tensors": 14, "layers": 2} for name in names}
-    costs = estimate.costs(plan, Path("out"), passes=2)
+    costs = estimate.costs(plan, Path("out"), passes=(2, 3))
     show.plan(describe(plan) | {"inputs": facts}, costs)
     table = capsys.readouterr().out.partition("\n\n")[0]
     first = "".join(line.split(" ")[0] for line in table.splitlines())
@@ -426,7 +431,14 @@ def test_too_little_room_is_said_aloud(capsys):
         "groups": [],
     }
     description |= {"bytes_in": 1, "bytes_out": 5 * 10**9, "bytes_memory": 1, "tensors": 1}
-    costs = {"inputs": {}, "download": 10**9, "passes": 1, "out": "o", "free": 2 * 10**9}
+    costs = {
+        "inputs": {},
+        "download": 10**9,
+        "hashed": 1,
+        "passes": (1, 1),
+        "out": "o",
+        "free": 2 * 10**9,
+    }
     show.plan({**description, "warnings": []}, {**costs, "seconds": None})
     assert "disk   6 GB; 2 GB free at o: TOO LITTLE" in capsys.readouterr().out
 
@@ -440,11 +452,23 @@ def test_a_probe_leaves_no_file_and_knows_when_it_cannot_measure(tmp_path):
     assert estimate.read_speed([]) is None
 
 
+def test_small_files_tell_no_speed_of_a_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(show.out, "width", 200)
+    plan = planned({"a": llama(Path("a"), 1), "b": llama(Path("b"), 2)})
+    costs = estimate.costs(plan, Path("out"), passes=(1, 1))
+    assert (costs["read_speed"], costs["seconds"]) == (None, None)
+    assert costs["write_speed"] > 0
+    text = shown(plan, (1, 1), capsys)
+    assert "time   unknown: a disk could not be measured, or the files are too small" in text
+    assert "of tensors\n" in text
+
+
 def test_gradients_over_many_layers_are_one_line_each(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(show.out, "width", 200)
     folders = {n: llama(Path(n), i, layers=33) for i, n in enumerate("ab")}
-    text = shown(planned(folders), 2, capsys)
+    text = shown(planned(folders), (2, 2), capsys)
     lines = [line.rstrip() for line in text.splitlines()]
     told = " ".join(text.split())
     for values in ("0 … 1", "0 … 0.5 (layer 8) … 0.3 (layer 16) … 1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from checkpoints import llama, llama_tensors, read_model, write_model
 from conftest import Run
 
+from mergelab import engine, parameters
 from mergelab.errors import UserError
+from mergelab.estimate import bytes_hashed
 from mergelab.methods import METHODS
 from mergelab.methods.base import Parameter
 from mergelab.parameters import ParameterReader, Setting, resolve
@@ -248,7 +251,7 @@ def read(parameter: Parameter, text: str) -> tuple[Any, str]:
         (COUNT, "'1e1'", 10, ""),
         (COUNT, "[4, 6]", 4, ""),
         (COUNT, "1.5", 1.5, "'max_iter' must be an integer, not 1.5"),
-        (COUNT, "-1", -1, "'max_iter' must be at least 0, not -1"),
+        (COUNT, "-1", -1, "'max_iter' must be 0 or more, not -1"),
     ],
 )
 def test_choices_and_integers(parameter: Parameter, text: str, value: Any, mistake: str) -> None:
@@ -266,6 +269,22 @@ def test_a_gradient_of_integers_that_gives_a_fraction_is_refused(place: Path) ->
     assert got == [1, 2, 3, 4]
     with pytest.raises(UserError, match=r"gradient of 'max_iter' gives 1\.33333 for tensor"):
         planned(text % "1, 2")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "told"),
+    [
+        (METHODS["ties"].parameter("density"), "density (per model, 0 to 1)"),
+        (METHODS["nearswap"].parameter("t"), "t (0 or more)"),
+        (METHODS["karcher"].parameter("weight"), "weight (per model, 0 or more)"),
+        (METHODS["ties"].parameter("lambda"), "lambda"),
+        (replace(COUNT, low=None, high=9), "max_iter (at most 9)"),
+    ],
+)
+def test_a_mistaken_name_is_answered_with_the_bounds_of_each_parameter(
+    parameter: Parameter, told: str
+) -> None:
+    assert parameters.describe(parameter) == told
 
 
 # ---- data types
@@ -551,3 +570,55 @@ def test_mergekits_long_names_of_models_and_dtypes_are_read(place: Path) -> None
     recipe = load_recipe(place / "r.yaml")
     assert recipe.models == ("a+x", "b", "org/base@v1")
     assert recipe.dtype[0].value == "bfloat16"
+
+
+# ---- what is read
+
+
+def wide(folder: Path, seed: int) -> None:
+    """A model of four layers of 0.5 MB, a fine-tune as the others are."""
+    shared, own = np.random.default_rng(9), np.random.default_rng(seed)
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (512, 512) for i in range(4)}
+    write_model(
+        folder,
+        {n: shared.standard_normal(s) + own.standard_normal(s) / 9 for n, s in shapes.items()},
+        layers=4,
+    )
+
+
+STACK = "merge_method: passthrough\nslices:\n" + "".join(
+    f"- sources: [{{model: {model}, layer_range: {span}}}]\n"
+    for model, span in (("a", "[0, 4]"), ("a", "[1, 3]"), ("b", "[3, 4]"))
+)
+BREADCRUMBS = PAIR % ("breadcrumbs", "weight: 1, density: 0.5, rescale: true")
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        (NUSLERP, (2, 2)),
+        (NUSLERP.replace("nuslerp", "linear"), (1, 1)),
+        (STACK, (1, 1)),
+        (PAIR % ("ties", "weight: 1, density: 0.5"), (2, 3)),
+        (PAIR % ("ties", "weight: 1, density: 1"), (1, 1)),
+        (PAIR % ("ties", "weight: 1, density: 0.5, scope: model"), (4, 4)),
+        (BREADCRUMBS, (3, 4)),
+    ],
+)
+def test_a_merge_reads_what_its_plan_says(place: Path, text: str, passes: tuple[int, int]) -> None:
+    engine.merge(planned(text), place / "small")  # loads what is compiled
+    for name in ("base", "a", "b"):
+        shutil.rmtree(place / name)
+        wide(place / name, ord(name[-1]))
+    plan = planned(text)
+    assert plan.passes == passes
+    before = bytes_read()
+    engine.merge(plan, place / "out")
+    read = bytes_read() - before - plan.bytes_out  # read back for the sha256 of the output
+    least, most = (bytes_hashed(plan) + count * plan.bytes_in for count in passes)
+    assert least <= read <= most + 300_000  # headers and records
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, from disk or page cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])

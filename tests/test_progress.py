@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,23 @@ def test_bytes_and_other_units_are_told_with_speed_and_time_left() -> None:
 def test_names_are_told_as_they_are(capfd: pytest.CaptureFixture[str]) -> None:
     progress.say("wrote runs:cat:one/[red]out")
     assert capfd.readouterr().err == "wrote runs:cat:one/[red]out\n"
+
+
+def test_what_steers_a_terminal_is_not_told(capfd: pytest.CaptureFixture[str]) -> None:
+    progress.say("a\x1b[31mb\x9b\udcff\nc")
+    assert capfd.readouterr().err == "a\N{REPLACEMENT CHARACTER}[31mb" + (
+        2 * "\N{REPLACEMENT CHARACTER}" + "\nc\n"
+    )
+
+
+def test_a_thread_that_goes_on_after_the_work_has_ended_is_stopped() -> None:
+    with suppress(KeyboardInterrupt), bar("work", 9) as shown:
+        shown.advance()
+        raise KeyboardInterrupt
+    for go_on in (shown.check, shown.advance):
+        with pytest.raises(progress.Stopped):
+            go_on()
+    assert shown.done == 1
 
 
 @pytest.fixture

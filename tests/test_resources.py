@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from checkpoints import llama
 
+from mergelab import resources
 from mergelab.cluster import Cluster, read_cluster
 from mergelab.errors import UserError
 from mergelab.record import write_json
-from mergelab.resources import SNAKEMAKE, Estimates, asked
+from mergelab.resources import LEAST, SNAKEMAKE, Estimates, asked
 from mergelab.steps import Steps
 from mergelab.study_file import load_study
 
@@ -77,13 +78,17 @@ def test_what_was_measured_is_asked_for_but_not_twice_as_much(
     assert used <= memory <= 2 * used
 
 
-def test_a_merge_asks_for_what_its_plan_says(folder: Path) -> None:
+def test_a_merge_asks_for_what_its_plan_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "READS", 100)  # so slow that a tiny model takes minutes
     found = estimates(folder)
     plan = found.plan("tiny")
     assert plan is not None
     needs = found.needs("merge", "tiny", 1)
     assert needs.disk_mb == plan.bytes_out // 10**6 + 1 + bool(plan.bytes_out % 10**6)
     assert needs.mem_mb * 10**6 > SNAKEMAKE + plan.bytes_memory * needs.threads
+    read = (folder.parents[1] / "base/model.safetensors").stat().st_size + plan.bytes_in
+    minutes = (read + 3 * plan.bytes_out) / 6000
+    assert LEAST + minutes <= needs.runtime < LEAST + minutes + 1
 
 
 def test_before_the_models_are_here_their_sources_tell_their_size(folder: Path) -> None:

@@ -34,14 +34,17 @@ MOST_OPEN = min(200, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # othe
 
 
 class Files:
-    """Open input files; reading at an offset needs no lock."""
+    """Open input files; reading at an offset needs no lock, and ends with the work."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Bar | None = None) -> None:
+        self._progress = progress
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def read(self, path: Path, offset: int, out: Array) -> None:
         """Fill `out` (contiguous) with the bytes at an offset."""
+        if self._progress:
+            self._progress.check()
         with self._lock:
             handle = self._open.get(path)
             passing = handle is None and len(self._open) >= MOST_OPEN

@@ -32,7 +32,7 @@ from mergelab.hub_headers import check_whole
 from mergelab.inputs import changed_input, check_layouts, hashed_inputs, input_states
 from mergelab.journal import HASH, PATTERN, FileHashes, Journal
 from mergelab.plan import Plan
-from mergelab.progress import bar, say, size
+from mergelab.progress import Bar, bar, say, size
 from mergelab.record import (
     canonical,
     digest,
@@ -46,15 +46,17 @@ from mergelab.survey import in_order, survey_model
 from mergelab.writer import (
     RECORD,
     Planned,
+    check_removable,
     check_replaceable,
     check_space,
     check_target,
-    disk_full,
+    disk_errors,
+    is_full,
     place_shards,
     share,
 )
 
-VERSION = 4  # of plan, engine and rounding; methods have versions of their own
+VERSION = 5  # of plan, engine and rounding; methods have versions of their own
 WHOLE = (1, 1)
 
 
@@ -64,25 +66,26 @@ def merge(
     """Carry out a plan, or part i of n of it; `out` becomes the merged model with its record.
 
     Returns the record; nothing ({}) if other parts are still missing. If `out` already holds this
-    very merge, nothing is done. Raises UserError for a full disk, an unusable `out`, or entries
-    that are not finite; then `out` is as it was before."""
-    check_target(out, [c.place for c in plan.checkpoints.values()])
-    out = out.resolve() if out.is_symlink() else out
-    check_space(out, plan.bytes_out - _held(out))
-    for checkpoint in plan.checkpoints.values():
-        check_whole(checkpoint.folder)
-    small = _small_files(plan)
-    states = input_states(plan)
-    check_layouts(plan)
-    identity = _identity(plan, small, seed, hashed_inputs(plan, workers))
-    job = _Job(plan, out, small, identity, states, workers, part)
-    with ExitStack() as held:
-        if part == WHOLE:
-            held.enter_context(alone(out))
-        else:
-            name = f"{out.name}.part-{part[0]}-of-{part[1]}"
-            held.enter_context(alone(out.with_name(name)))
-        return job.run()
+    very merge, nothing is done. Raises UserError for a full disk, files that may not be read or
+    written, an unusable `out`, or entries that are not finite; then `out` is as it was before."""
+    with disk_errors(out):
+        check_target(out, [c.place for c in plan.checkpoints.values()])
+        out = out.resolve() if out.is_symlink() else out
+        check_space(out, plan.bytes_out - _held(out))
+        for checkpoint in plan.checkpoints.values():
+            check_whole(checkpoint.folder)
+        small = _small_files(plan)
+        states = input_states(plan)
+        check_layouts(plan)
+        identity = _identity(plan, small, seed, hashed_inputs(plan, workers))
+        job = _Job(plan, out, small, identity, states, workers, part)
+        with ExitStack() as held:
+            if part == WHOLE:
+                held.enter_context(alone(out))
+            else:
+                name = f"{out.name}.part-{part[0]}-of-{part[1]}"
+                held.enter_context(alone(out.with_name(name)))
+            return job.run()
 
 
 class _Job:
@@ -124,16 +127,17 @@ class _Job:
             if record := _finished(folder, self.identity):  # killed before it was put in place
                 return self.put(folder, record)
         try:
-            with disk_full(self.out):
-                journal = Journal(folder, "{}-of-{}".format(*self.part))
-                hashed = self.write(folder, journal)
-                self.check_inputs(journal)
-                with self.alone():
-                    return self.finish(folder, journal, hashed)
+            journal = Journal(folder, "{}-of-{}".format(*self.part))
+            hashed = self.write(folder, journal)
+            self.check_inputs(journal)
+            with self.alone():
+                return self.finish(folder, journal, hashed)
         except BaseException as error:
             if isinstance(error, FileNotFoundError) and not folder.is_dir():
                 return self.done_elsewhere()
-            if self.part == WHOLE and isinstance(error, UserError) and _one_journal(folder):
+            hopeless = isinstance(error, UserError) or is_full(error)
+            whole = (folder / RECORD).exists()  # only its place was not free
+            if self.part == WHOLE and hopeless and not whole and _one_journal(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -150,14 +154,14 @@ class _Job:
     def prepare(self) -> Path:
         """The partial folder, with every shard at its full size; kept from an interrupted run."""
         check_replaceable(self.out)
+        check_removable(self.out, replaced_folder(self.out))
         key = digest(self.identity)[:12]
         folder = partial_folder(self.out, f"merge-{key}")
         try:
             for path in folder.glob(".*"):  # files that a kill left half-written
                 path.unlink()
-            with disk_full(self.out):
-                check_space(self.out, self.plan.bytes_out - _allocated(folder))
-                place_shards(folder, self.plan.headers, self.plan.tensors)
+            check_space(self.out, self.plan.bytes_out - _allocated(folder))
+            place_shards(folder, self.plan.headers, self.plan.tensors)
         except BaseException:
             if not any(folder.glob(PATTERN)):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -170,11 +174,12 @@ class _Job:
         method = self.plan.recipe.method
         total = sum(tensor.nbytes for tensor in mine)
         with ExitStack() as stack:
-            files, buffers, hashed = Files(), Buffers(), self.file_hashes(folder)
+            progress = stack.enter_context(bar(f"merge ({method.name})", total))
+            files, buffers, hashed = Files(progress), Buffers(), self.file_hashes(folder, progress)
             stack.callback(files.close)
             stack.callback(hashed.close)
-            progress = stack.enter_context(bar(f"merge ({method.name})", total))
             pool = stack.enter_context(ThreadPoolExecutor(self.workers))
+            stack.callback(progress.end)  # Ctrl-C: the pool waits for a block, not for a tensor
 
             def task(tensor: Planned) -> TensorMerge:
                 return TensorMerge(
@@ -189,7 +194,7 @@ class _Job:
             surveyed = survey_model(self.plan, task, pool, self.workers)
 
             def work(tensor: Planned) -> None:
-                if journal.holds(tensor):
+                if journal.holds(tensor, progress):
                     progress.advance(tensor.nbytes)
                 else:
                     with (folder / tensor.file).open("r+b") as file:
@@ -228,10 +233,11 @@ class _Job:
 
     def hash_parts(self, folder: Path, journal: Journal) -> dict[str, str]:
         """The sha256 of each file that several processes filled, once all tensors are checked."""
-        hashed, tensors = self.file_hashes(folder), self.plan.tensors
+        tensors = self.plan.tensors
         with bar("check parts", sum(tensor.nbytes for tensor in tensors)) as progress:
+            hashed = self.file_hashes(folder, progress)
             for tensor in tensors:
-                if not journal.holds(tensor):
+                if not journal.holds(tensor, progress):
                     raise UserError(
                         f"{self.out}: tensor {tensor.name} is not as it was written. "
                         "Check the disk, and run the parts again."
@@ -240,9 +246,9 @@ class _Job:
                 progress.advance(tensor.nbytes)
         return hashed.found
 
-    def file_hashes(self, folder: Path) -> FileHashes:
+    def file_hashes(self, folder: Path, progress: Bar) -> FileHashes:
         """The sha256 of the weight files, none of it taken yet."""
-        return FileHashes(folder, self.plan.headers, self.plan.tensors)
+        return FileHashes(folder, self.plan.headers, self.plan.tensors, progress)
 
     def put(self, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         """Put the whole model in place."""

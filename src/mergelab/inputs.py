@@ -26,7 +26,7 @@ def hashed_inputs(plan: Plan, workers: int) -> list[dict[str, Any]]:
     paths = {c.label: input_files(c) for c in plan.checkpoints.values()}
     every = list(dict.fromkeys(path for group in paths.values() for path in group))
     total = sum(path.stat().st_size for path in every)
-    with bar("hash inputs", total) as progress, ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, bar("hash inputs", total) as progress:
         found = pool.map(lambda path: hashes.sha256(path, progress.advance), every)
         hashed = dict(zip(every, found, strict=True))
     for path, sha256 in hashed.items():

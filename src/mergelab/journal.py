@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from mergelab.progress import Bar
 from mergelab.writer import Flusher, Planned
 
 PATTERN = "journal-*.jsonl"
@@ -54,31 +55,32 @@ class Journal:
 
     _clean = False  # is the end of our file known to be the end of a line?
 
-    def holds(self, tensor: Planned) -> bool:
+    def holds(self, tensor: Planned, progress: Bar) -> bool:
         """Is the tensor noted, and are its bytes those that were noted?"""
         noted = self.noted.get(tensor.name)
-        found = tensor_hash(self.folder, tensor) if noted else ""
+        found = tensor_hash(self.folder, tensor, progress) if noted else ""
         if not noted or found not in noted:
             return False
         self.done[tensor.name] = found
         return True
 
 
-def tensor_hash(folder: Path, tensor: Planned) -> str:
+def tensor_hash(folder: Path, tensor: Planned, progress: Bar) -> str:
     """Hash of a written tensor's bytes; of fewer bytes if the file ends before."""
     digest = xxhash.xxh3_128()
     with suppress(FileNotFoundError), (folder / tensor.file).open("rb") as file:
-        for piece in pieces(file.fileno(), tensor):
+        for piece in pieces(file.fileno(), tensor, progress):
             digest.update(piece)
     return digest.hexdigest()
 
 
-def pieces(handle: int, tensor: Planned) -> Iterator[memoryview]:
+def pieces(handle: int, tensor: Planned, progress: Bar) -> Iterator[memoryview]:
     """The bytes of a written tensor, read from its open file; each piece lasts until the next."""
     position, end = tensor.offset, tensor.offset + tensor.nbytes
     piece = memoryview(bytearray(min(PIECE, tensor.nbytes)))
     while count := os.preadv(handle, [piece[: end - position]], position):
         yield piece[:count]
+        progress.check()
         position += count
 
 
@@ -89,10 +91,15 @@ class FileHashes:
     thread more than there are workers, and what was just written is still in the cache."""
 
     def __init__(
-        self, folder: Path, headers: Mapping[str, bytes], tensors: Sequence[Planned]
+        self,
+        folder: Path,
+        headers: Mapping[str, bytes],
+        tensors: Sequence[Planned],
+        progress: Bar,
     ) -> None:
         self.found: dict[str, str] = {}
         self._folder, self._headers, self._tensors = folder, headers, tensors
+        self._progress = progress
         self._written: set[str] = set()
         self._taken = 0
         self._turn = threading.Lock()
@@ -127,7 +134,7 @@ class FileHashes:
             with (self._folder / name).open("rb") as file, Flusher(file.fileno()) as flusher:
                 for tensor in (tensor for tensor in self._tensors if tensor.file == name):
                     yield
-                    for piece in pieces(file.fileno(), tensor):
+                    for piece in pieces(file.fileno(), tensor, self._progress):
                         digest.update(piece)
                     flusher.wrote(tensor.nbytes)
             self.found[name] = digest.hexdigest()

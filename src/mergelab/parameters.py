@@ -164,23 +164,24 @@ class ParameterReader(Reader):
             self.wrong(line, f"'{name}' must be an integer, not {value!r}.")
         low, high = parameter.low, parameter.high
         if (low is not None and number < low) or (high is not None and number > high):
-            self.wrong(line, f"'{name}' must {bounds(parameter)}, not {number:g}.")
+            verb = "be" if low is None or high is None else "lie in"
+            self.wrong(line, f"'{name}' must {verb} {bounds(parameter)}, not {number:g}.")
         return number
 
 
 def bounds(parameter: Parameter) -> str:
-    """'lie in 0 to 1', 'be at least 0' or 'be at most 1'."""
+    """'0 to 1', '0 or more', 'at most 1' or nothing."""
     low, high = parameter.low, parameter.high
-    if low is not None and high is not None:
-        return f"lie in {low:g} to {high:g}"
-    return f"be at least {low:g}" if low is not None else f"be at most {high:g}"
+    if low is None:
+        return "" if high is None else f"at most {high:g}"
+    return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
 
 
 def describe(parameter: Parameter) -> str:
     """'density (per model, 0 to 1)'."""
     notes = ["per model"] if parameter.per_model else []
-    if parameter.low is not None and parameter.high is not None:
-        notes.append(f"{parameter.low:g} to {parameter.high:g}")
+    if limits := bounds(parameter):
+        notes.append(limits)
     if parameter.choices:
         notes.append(" or ".join(parameter.choices))
     return f"{parameter.name} ({', '.join(notes)})" if notes else parameter.name

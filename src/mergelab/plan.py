@@ -45,31 +45,33 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        """Bytes of all distinct input tensors that are read."""
-        sources = {source for tensor in self.tensors for source in tensor.sources}
-        return sum(source.nbytes for source in sources)
+        """Bytes that one pass reads: those of a layer twice if the recipe repeats it."""
+        return sum(source.nbytes for tensor in self.tensors for source in tensor.sources)
 
     @property
-    def passes(self) -> int:
-        """How often the inputs are read: to be hashed, for each survey round, to be merged."""
-        rounds = self.recipe.method.rounds
+    def passes(self) -> tuple[int, int]:
+        """How often the input tensors are read, at least and at most: surveyed, then merged.
+
+        Rounds with `unless` make the difference: large tensors need them more often."""
         merged = {repr(t.settings): t.settings for t in self.tensors if not t.copied}
-        asked = [
-            sum(
-                bool(round.begin(settings, 1))
-                and not round.unless  # hardly ever needed
-                and (not round.model_only or settings.shared.get("scope") == "model")
-                for round in rounds
-            )
-            for settings in merged.values()
-        ]
-        return 2 + max(asked, default=0)
+        least = most = 1
+        for settings in merged.values():
+            whole = settings.shared.get("scope") == "model"
+            rounds = [
+                round
+                for round in self.recipe.method.rounds
+                if (whole or not round.model_only) and round.begin(settings, 1)
+            ]
+            most = max(most, 1 + len(rounds))
+            least = max(least, 1 + sum(whole or not round.unless for round in rounds))
+        return least, most
 
     @property
     def bytes_memory(self) -> int:
         """Upper estimate of the anonymous memory of one worker's blocks, in bytes.
 
-        A method that works on rows holds one row of each model at a time, however long."""
+        A method that works on rows holds one row of each model at a time, however long. What
+        arcee_fusion keeps besides, 16 bytes a row, is not counted."""
         row = self.recipe.method.row
         longest = max((row(t.settings, t.shape) for t in self.tensors if not t.copied), default=1)
         return (4 * BLOCK * 6 + 24 * longest * (longest > 1)) * (len(self.checkpoints) + 1)
@@ -142,7 +144,20 @@ def _open_all(
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data: inputs, outputs, bytes, and which tensors get which parameters."""
+    """The plan as plain data: the fields of `mergelab plan --json`, `costs` apart (docs/study.md).
+
+    method: name and version
+    base: the recipe's base_model, or None
+    inputs: per model its folder (with that of an adapter), number of tensors, and of layers
+    vocabulary: what becomes of the tokens, in words; empty if they stay as they are
+    dtypes: data types of the output, sorted
+    tensors: number of output tensors
+    files: names of the weight files, and of their index if there are several
+    bytes_in: bytes of input tensors that one pass reads (`costs` has the passes)
+    bytes_out: bytes of all weight files
+    bytes_memory: bytes of one worker's blocks, estimated (`Plan.bytes_memory`)
+    warnings: what the merge will note, one sentence each
+    groups: values of parameters (`shared`, and by expert in `models`), with their `tensors`"""
     groups: dict[str, dict[str, Any]] = {}
     for tensor in plan.tensors:
         each = zip(tensor.models, tensor.settings.experts, strict=True)

@@ -20,8 +20,14 @@ FIRST, LONGEST = 10.0, 600.0  # seconds to a log's first line, and most between 
 BYTES = "bytes"
 
 
+class Stopped(Exception):
+    """The work that a thread took part in has ended; so does the thread."""
+
+
 class Bar:
     """Progress of one piece of work, in units such as bytes; any thread may move it on.
+
+    Once the work has ended, be it by an error or Ctrl-C, whoever still moves it on is `Stopped`.
 
     A log gets its lines after 10 s, 20 s, 40 s, ...: few, however long it takes."""
 
@@ -31,9 +37,20 @@ class Bar:
         self._task = progress.add_task(what, total=total, unit=unit) if progress else None
         self._started = self._told = time.monotonic()
         self._due, self._before = self._started + FIRST, 0.0
+        self._ended = False
+
+    def end(self) -> None:
+        """Nobody is to go on with the work."""
+        self._ended = True
+
+    def check(self) -> None:
+        """Raise Stopped if the work has ended: for threads to ask before each block."""
+        if self._ended:
+            raise Stopped
 
     def advance(self, amount: float = 1) -> None:
         """Move on by `amount` units."""
+        self.check()
         with self._lock:
             self.reach(self.done + amount)
 
@@ -66,15 +83,15 @@ class _Amount(ProgressColumn):
 @contextmanager
 def bar(what: str, total: float, unit: str = BYTES) -> Iterator[Bar]:
     """Show how far `total` units of work are: one line with amount, speed and time left."""
-    if not sys.stderr.isatty():
-        yield Bar(what, total, unit, None)
-        return
     columns = (TextColumn("{task.description}"), BarColumn(20), _Amount())
-    progress = Progress(*columns, console=console)
+    progress = Progress(*columns, console=console) if sys.stderr.isatty() else None
+    shown = Bar(what, total, unit, progress)
     try:
-        yield Bar(what, total, unit, progress)
+        yield shown
     finally:
-        progress.stop()
+        shown.end()
+        if progress:
+            progress.stop()
 
 
 @contextmanager
@@ -130,6 +147,11 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def say(text: str) -> None:
-    """Print one line for people, on stderr."""
-    console.print(text, markup=False)
+def printable(text: str) -> str:
+    """A stranger's text without what steers a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print lines for people, on stderr."""
+    console.print(printable(text), style=style, markup=False)

@@ -17,6 +17,7 @@ from typing import Any
 from mergelab import inference, locate, lockfile, models
 from mergelab.cluster import Cluster
 from mergelab.errors import UserError
+from mergelab.estimate import bytes_hashed
 from mergelab.plan import SHARD_SIZE, Plan, make_plan
 from mergelab.steps import Steps
 from mergelab.study import Training
@@ -110,13 +111,14 @@ class Estimates:
     def _merge(self, verb: str, name: str) -> tuple[float, float, float, int]:
         plan = self.plan(name)
         if plan:
-            read, passes, written = plan.bytes_in, plan.passes, plan.bytes_out
-            blocks = plan.bytes_memory
+            held, blocks, written = bytes_hashed(plan), plan.bytes_memory, plan.bytes_out
+            read = held + plan.passes[1] * plan.bytes_in
         else:
             sizes = [self.weights(model) for model in self._models(name)]
-            read, passes, written, blocks = sum(sizes), 3, max(sizes, default=0), BLOCKS
-        threads = 2 if read < 2 * GB else 8
-        return blocks * threads, (read * passes + 3 * written) / READS, written, threads
+            held, blocks, written = sum(sizes), BLOCKS, max(sizes, default=0)
+            read = 4 * held  # to be hashed, and in three passes
+        threads = 2 if held < 2 * GB else 8
+        return blocks * threads, (read + 3 * written) / READS, written, threads
 
     def _train(self, verb: str, name: str) -> tuple[float, float, float, int]:
         """float32 weights, gradients and AdamW's two moments; logits of a batch."""

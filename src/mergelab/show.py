@@ -11,14 +11,11 @@ from rich.text import Text
 
 from mergelab.grouping import rows
 from mergelab.methods.base import Method, Parameter
+from mergelab.parameters import bounds
+from mergelab.progress import printable as printable
 from mergelab.progress import size
 
 out = Console(highlight=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    """A stranger's text without what steers a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plan(description: dict[str, Any], costs: dict[str, Any]) -> None:
@@ -33,9 +30,8 @@ def plan(description: dict[str, Any], costs: dict[str, Any]) -> None:
         inputs.add_row(*(Text(str(cell)) for cell in told))
     out.print(inputs)
     kinds, files = ", ".join(description["dtypes"]), len(description["files"])
-    passes = f", {costs['passes']} times" if costs["passes"] > 1 else ""
     out.print(
-        f"\nreads  {size(description['bytes_in'])}{passes}\n"
+        f"\nreads  {_reads(description['bytes_in'], costs)}\n"
         f"writes {size(description['bytes_out'])}: {description['tensors']} tensors, {kinds}, "
         f"{files} file(s)\n"
         f"memory about {size(description['bytes_memory'])} per worker"
@@ -52,6 +48,15 @@ def plan(description: dict[str, Any], costs: dict[str, Any]) -> None:
         table.add_row(Text(label), Text(values))
     out.print()
     out.print(table)
+
+
+def _reads(bytes_in: int, costs: dict[str, Any]) -> str:
+    """What a merge reads, in words; files that an earlier one has hashed are not hashed again."""
+    (least, most), hashed = costs["passes"], costs["hashed"]
+    total, times = size(hashed + most * bytes_in), f" {most} times" if most > 1 else ""
+    if least < most:
+        total, times = f"up to {total}", f" {least} to {most} times"
+    return f"{total}: {size(hashed)} to hash new files, {size(bytes_in)} of tensors{times}"
 
 
 def _where(source: dict[str, Any] | None, folder: str) -> str:
@@ -78,7 +83,8 @@ def _costs(costs: dict[str, Any], bytes_out: int) -> list[str]:
     elif costs["download"]:
         lines.append("time   unknown before the models are here")
     else:
-        lines.append("time   unknown: a disk could not be measured")
+        why = "a disk could not be measured, or the files are too small for that"
+        lines.append(f"time   unknown: {why}")
     return lines
 
 
@@ -145,7 +151,4 @@ def _default(parameter: Parameter) -> str:
 def _meaning(parameter: Parameter) -> str:
     if parameter.choices:
         return f"{parameter.help} ({' | '.join(parameter.choices)})"
-    if parameter.low is None:
-        return parameter.help
-    most = "or more" if parameter.high is None else f"to {parameter.high:g}"
-    return f"{parameter.help} ({parameter.low:g} {most})"
+    return f"{parameter.help} ({bounds(parameter)})" if bounds(parameter) else parameter.help

@@ -26,6 +26,8 @@ from mergelab.progress import size
 
 RECORD = "merge.json"
 FLUSH = 1 << 27  # bytes written to a file before they are forced to disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE)
 LONGEST = 200  # bytes of a folder's name; working names beside it are longer
 
 
@@ -146,10 +148,15 @@ def check_replaceable(out: Path) -> bool:
     try:
         files = json.loads((out / RECORD).read_bytes())["outputs"]["files"]
         ours = {RECORD, *(file["name"] for file in files)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{out}: is not empty and holds no {RECORD}, so it is no earlier merge. "
             "Choose another folder with -o, or delete it."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{out / RECORD}: cannot be read: {error.strerror}, so {out} may be no earlier merge. "
+            "Make the file readable, or choose another folder with -o."
         ) from None
     others = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if others:
@@ -160,11 +167,25 @@ def check_replaceable(out: Path) -> bool:
     return True
 
 
+def check_removable(out: Path, old: Path) -> None:
+    """Raise UserError if an earlier merge at `out`, or what is left of one at `old`, must stay."""
+    if old.exists():
+        raise UserError(
+            f"{old}: this rest of an earlier merge cannot be deleted. "
+            "Delete it, or have its owner do so, and run the same command again."
+        )
+    if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{out}: the earlier merge there is not writable, so it cannot be replaced. "
+            "Delete it or make it writable, or choose another folder with -o."
+        )
+
+
 def place_shards(folder: Path, headers: Mapping[str, bytes], tensors: tuple[Planned, ...]) -> None:
     """Make every shard at its full size with its header; one that is there keeps its bytes.
 
     No blocks are reserved: where the file system has no reservations (tmpfs, most network file
-    systems) that writes everything twice. A disk that fills up meanwhile is told by `disk_full`."""
+    systems) that writes everything twice. A full disk is told by `disk_errors` when it is full."""
     sizes = {file: len(header) for file, header in headers.items()}
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes
@@ -219,19 +240,29 @@ class Flusher:
             os.fsync(self._handle)
 
 
+def is_full(error: BaseException) -> bool:
+    """Is there no more room on the disk, in the quota or in the file?"""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
 @contextmanager
-def disk_full(out: Path) -> Iterator[None]:
-    """Turn 'no space left', 'quota exceeded' and 'file too large' into a UserError."""
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn the system's errors that a user can mend (no room, no access) into a UserError."""
     try:
         yield
     except OSError as error:
+        if error.errno in CLOSED:
+            raise UserError(
+                f"{error.filename or out}: {error.strerror}. Have its owner make it accessible "
+                "or delete it, and run the same command again; or choose another folder with -o."
+            ) from None
+        if not is_full(error):
+            raise
         if error.errno == errno.EFBIG:
             raise UserError(
                 f"{out}: a file is larger than the disk or a limit (ulimit -f) allows. "
                 "Choose a smaller --shard-size."
             ) from None
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         raise UserError(
             f"{out}: no space left on the disk. Free some space and run the same command again."
         ) from None

@@ -10,12 +10,15 @@ import threading
 import traceback
 from typing import Any
 
-import rich_click as click
+try:
+    import rich_click as click
 
-from mergelab import __version__
-from mergelab.cli import model_verbs, study_verbs
-from mergelab.errors import UserError
-from mergelab.progress import console
+    from mergelab import __version__
+    from mergelab.cli import model_verbs, study_verbs
+    from mergelab.errors import UserError
+    from mergelab.progress import say
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 # --help is markdown, with a line after the first paragraph
 HELP = {"text_markup": "markdown", "padding_helptext_first_line": (0, 0, 1, 0)}
@@ -80,21 +83,19 @@ def main() -> None:
     except SystemExit as end:  # how click ends
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == 130:
-            console.print("stopped", markup=False)
+            say("stopped")
         elif isinstance(end.code, str):
-            console.print(end.code, markup=False)
+            say(end.code)
     except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        say(f"error: {error}", style="red")
         code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception:
-        traceback.print_exc()
-        console.print(
-            f"\nThis is a mistake in mergelab {__version__}, not yours. Please report it with the "
-            "text above and the command you ran (see CONTRIBUTING.md).",
-            markup=False,
+        say(
+            f"{traceback.format_exc()}\nThis is a mistake in mergelab {__version__}, not yours. "
+            "Please report it with the text above and the command you ran (see CONTRIBUTING.md)."
         )
         code = 1
     if threading.active_count() > 1:  # one may still download, for minutes: do not wait
