@@ -284,7 +284,8 @@ def test_damaged_bytes_of_an_interrupted_merge_are_written_again(place: Path) ->
 class Interruption:
     """Ctrl-C when a worker is done with a block; counts the blocks that are finished after it.
 
-    The worker goes on once the main thread does nothing any more but wait for it."""
+    It comes while the main thread waits for results; the worker goes on once that thread does
+    nothing any more but wait for it."""
 
     def __init__(self) -> None:
         self.sent, self.later = False, 0
@@ -296,6 +297,8 @@ class Interruption:
             main = threading.main_thread().ident
             assert main
             self.sent = True
+            while "result" not in functions(main):  # all threads have been started
+                time.sleep(0.001)
             signal.pthread_kill(main, signal.SIGINT)
             while "shutdown" not in functions(main):  # of the pool
                 time.sleep(0.001)

@@ -120,8 +120,11 @@ class FileHashes:
                 self._turn.release()
 
     def close(self) -> None:
-        """Close the file that is being read."""
-        self._steps.close()
+        """Close the file that is being read.
+
+        A thread that was being started at Ctrl-C is not waited for, and closes it itself."""
+        with suppress(ValueError):
+            self._steps.close()
 
     def _ready(self) -> bool:
         at = self._taken
