@@ -388,6 +388,9 @@ def test_tables_that_older_loaders_stored_are_left_out_unless_all_models_have_th
     assert any("left out" in note and "rotary_emb.inv_freq" in note for note in plan.warnings)
     write_model(place / "a", llama_tensors(1, 4) | tables, layers=4)
     assert tables.keys() <= {t.name for t in planned(text).tensors}
+    longer = tables | {"model.layers.0.attn.bias": np.ones((1, 1, 8, 8))}
+    write_model(place / "a", llama_tensors(1, 4) | longer, layers=4)
+    assert "model.layers.0.attn.bias" not in {t.name for t in planned(text).tensors}
     bias = {"model.layers.0.attn.bias": np.ones(4)}  # no mask: a weight
     write_model(place / "base", llama_tensors(0, 4) | tables | bias, layers=4)
     write_model(place / "a", llama_tensors(1, 4), layers=4)
@@ -416,6 +419,26 @@ def test_a_model_without_a_tied_tensor_lends_its_embedding(
     assert origin(got[tied]) == [f"a/{embedding}"]
     assert got[tied].base is not None
     assert got[tied].base.name == tied
+
+
+@pytest.mark.parametrize(
+    ("embedding", "tied"),
+    [
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+        ("shared.weight", "decoder.embed_tokens.weight"),
+        ("shared.weight", "lm_head.weight"),
+    ],
+)
+def test_what_the_base_ties_is_left_out_where_untying_would_change_more(
+    place: Path, embedding: str, tied: str
+) -> None:
+    write_model(place / "base", {embedding: np.ones((4, 4))})
+    write_model(place / "a", {embedding: np.zeros((4, 4)), tied: np.zeros((4, 4))})
+    plan = planned(PAIR % ("ties", "weight: 1"))
+    assert [t.name for t in plan.tensors] == [embedding]
+    assert plan.config["tie_word_embeddings"] is True
+    assert f"left out, as base ties it to its embedding: {tied}" in plan.warnings
 
 
 BARE = {

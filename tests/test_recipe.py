@@ -316,7 +316,7 @@ def test_other_ways_to_write_a_recipe_that_mergekit_reads(
     assert plans[0].tensors == plans[1].tensors
 
 
-def test_int8_mask_is_accepted_with_any_method(tmp_path: Path) -> None:
+def test_int8_mask_is_accepted_with_a_method_that_has_none(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(
         "merge_method: slerp\nbase_model: b\nparameters: {t: 0.5, int8_mask: true}\n"

@@ -555,6 +555,149 @@ def test_a_head_that_the_file_leaves_out_is_the_embedding(models: Path, tmp_path
     assert (result["verdict"], result["missing"]) == ("exact", [])
 
 
+BERT = {
+    "bert.embeddings.position_embeddings.weight": (5, 4),
+    "bert.embeddings.word_embeddings.weight": (8, 4),
+    "bert.embeddings.LayerNorm.gamma": (4,),
+    "bert.embeddings.LayerNorm.beta": (4,),
+    "bert.encoder.layer.0.attention.output.dense.bias": (4,),
+    "cls.predictions.decoder.weight": (8, 4),
+}
+GPT2 = {
+    "wte.weight": (8, 4),
+    "wpe.weight": (5, 4),
+    "h.0.ln_1.weight": (4,),
+    "h.0.attn.c_attn.bias": (12,),
+    "h.0.attn.bias": (1, 1, 5, 5),
+    "ln_f.weight": (4,),
+}
+T5 = {
+    "shared.weight": (8, 4),
+    "encoder.embed_tokens.weight": (8, 4),
+    "decoder.embed_tokens.weight": (8, 4),
+    "lm_head.weight": (8, 4),
+    "encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4),
+}
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "encoder.embed_tokens.weight": "shared.weight",
+    "decoder.embed_tokens.weight": "shared.weight",
+    "lm_head.weight": "shared.weight",
+}
+
+
+def averaged(
+    place: Path, shapes: dict[str, tuple[int, ...]], *, stored: bool = True
+) -> tuple[Path, Tensors]:
+    """The recipe of the mean of two models and its tensors; `stored`: with those that are tied."""
+    for seed, name in enumerate("ab"):
+        own = {n: np.random.default_rng(seed).standard_normal(s) for n, s in shapes.items()}
+        own = {n: own[TIED.get(n, n)] for n in own if stored or n not in TIED}
+        write_model(place / name, own, "F32", layers=1, tie_word_embeddings=True)
+    listed = [{"model": str(place / name), "parameters": {"weight": 0.5}} for name in "ab"]
+    path = place / "linear.yaml"
+    data = {"merge_method": "linear", "models": listed, "dtype": "float32"}
+    path.write_text(yaml.safe_dump(data))
+    return path, load_file(merged(path, place / "out") / "model.safetensors")
+
+
+def saved(folder: Path, found: Tensors, **config: Any) -> Path:
+    """A published model of one layer, of a config that need not say what is tied."""
+    folder.mkdir()
+    save_file({name: x.contiguous() for name, x in found.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 1, **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("shapes", "spelled"),
+    [
+        (BERT, lambda name: name.replace(".gamma", ".weight").replace(".beta", ".bias")),
+        (BERT, lambda name: name.removeprefix("bert.")),
+        (GPT2, lambda name: f"transformer.{name}"),
+    ],
+    ids=["norms", "no bert.", "transformer."],
+)
+def test_a_file_in_the_other_spelling_is_compared(
+    shapes: dict[str, tuple[int, ...]], spelled: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As mergekit spells GPT-2 and BERT: as its template does, not as the models do."""
+    path, ours = averaged(tmp_path, shapes)
+    found = {spelled(name): x for name, x in ours.items()}
+    assert found.keys() != ours.keys()
+    result = check(path, saved(tmp_path / "p", found))
+    assert (result["verdict"], len(result["tensors"])) == ("exact", len(ours)), result["why"]
+    norm = next(spelled(name) for name in ours if "gamma" in name or "ln_1" in name)
+    found[norm], found[f"{norm}.more"] = found[norm] + 1, found[norm].clone()
+    result = check(path, saved(tmp_path / "q", found))
+    assert result["verdict"] == "different"
+    assert (len(result["worst"]), result["extra"]) == (1, [f"{norm}.more"])  # as the file spells it
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}], ids=["silent", "tied"])
+@pytest.mark.parametrize("shapes", [BERT, T5], ids=["BERT", "T5"])
+def test_what_is_tied_to_an_embedding_may_be_stored_or_left_out(
+    shapes: dict[str, tuple[int, ...]], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """To that of the words, not to the first one; T5's is called 'shared'."""
+    path, ours = averaged(tmp_path, shapes)
+    fewer = {name: x for name, x in ours.items() if name not in TIED}
+    assert len(fewer) < len(ours)
+    result = check(path, saved(tmp_path / "p", fewer, **config))
+    assert (result["verdict"], len(result["tensors"])) == ("exact", len(ours)), result["why"]
+    (tmp_path / "alone").mkdir()
+    path, alone = averaged(tmp_path / "alone", shapes, stored=False)
+    assert alone.keys() == fewer.keys()
+    more = alone | {name: alone[TIED[name]].clone() for name in ours if name in TIED}
+    result = check(path, saved(tmp_path / "m", more, **config))
+    assert (result["verdict"], result["extra"]) == ("exact", []), result["why"]
+    assert len(result["notes"]) == len(more) - len(alone)
+    last = max(name for name in more if name in TIED)
+    more[last] = more[last] + 1
+    result = check(path, saved(tmp_path / "x", more, **config))
+    assert (result["verdict"], result["extra"]) == ("different", [last])
+
+
+def test_an_untied_head_that_the_file_lacks_is_missing(tmp_path: Path) -> None:
+    path, ours = averaged(tmp_path, T5)
+    del ours["lm_head.weight"]
+    result = check(path, saved(tmp_path / "p", ours, tie_word_embeddings=False))
+    assert (result["verdict"], result["missing"]) == ("different", ["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.embeddings.position_ids", (1, 5)),
+        ("model.layers.0.attention.bias", (1, 1, 5, 5)),
+        ("model.layers.0.attn.masked_bias", ()),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (4,)),
+    ],
+)
+def test_a_buffer_may_be_left_out_or_stored(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    weight = {"model.layers.0.q_proj.weight": (4, 4)}
+    path, ours = averaged(tmp_path, weight | {name: shape})
+    buffer = ours.pop(name)
+    result = check(path, saved(tmp_path / "p", ours))
+    assert (result["verdict"], result["missing"]) == ("exact", []), result["why"]
+    (tmp_path / "alone").mkdir()
+    path, ours = averaged(tmp_path / "alone", weight)
+    result = check(path, saved(tmp_path / "q", ours | {name: buffer}))
+    assert (result["verdict"], result["extra"]) == ("exact", []), result["why"]
+    assert result["notes"] == [f"{name} is no weight: not compared"]
+
+
+@pytest.mark.parametrize("end", ["attn.c_attn.bias", "attn.bias", "attention.bias"])
+def test_a_bias_is_no_buffer(end: str, tmp_path: Path) -> None:
+    name = f"model.layers.0.{end}"
+    path, ours = averaged(tmp_path, {"model.layers.0.q_proj.weight": (4, 4), name: (12,)})
+    del ours[name]
+    result = check(path, saved(tmp_path / "p", ours))
+    assert (result["verdict"], result["missing"]) == ("different", [name])
+
+
 def test_integers_beside_the_weights_are_copied(models: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b", "c")):
         counts = {"model.count": np.arange(6, dtype=np.int64)}

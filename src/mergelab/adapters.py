@@ -50,11 +50,11 @@ def open_adapted(model: Checkpoint, adapter_folder: Path, label: str) -> Checkpo
         changes = _Changes(model, settings, weights)
         changes.sort(read_header(weights))
         changes.pair()
+        head = changes.head()
         changes.problems.raise_if_any()
     except UserError as error:
         lines = str(error).splitlines()
         raise UserError("\n".join(f"model {label}: {line}" for line in lines)) from None
-    head = changes.head()
     tensors = cast("dict[str, Tensor]", {**model.tensors, **changes.found, **head})
     facts = {**model.config, "tie_word_embeddings": False} if head else model.config
     extra = (*model.extra, config, weights)
@@ -147,13 +147,18 @@ class _Changes:
     def head(self) -> dict[str, Tensor]:
         """The output head that was tied to an embedding which was trained in full: peft trains a
         copy of such an embedding, so that the head keeps the old one."""
-        kinds = self.model.config.get("architectures")
-        causal = str(kinds).endswith(("ForCausalLM']", "LMHeadModel']"))
-        if not causal or any(name.endswith(HEAD) for name in self.model.tensors):
-            return {}
         saved = tuple(f"{module}.weight" for module in self.settings.saved)
         old = [self.model.tensors[n] for n in self.found if n.endswith(TIED) and n.endswith(saved)]
-        return {"lm_head.weight": old[0]} if old else {}
+        kinds = self.model.config.get("architectures")
+        kind = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
+        if not old or any(name.endswith(HEAD) for name in self.model.tensors):
+            return {}
+        if kind.endswith(("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")):
+            self.problem(
+                f"trains {old[0].name} in full, to which the head of a {kind} is tied. Merge the "
+                "adapter with peft first."
+            )
+        return {"lm_head.weight": old[0]} if kind.endswith(("ForCausalLM", "LMHeadModel")) else {}
 
     def pair(self) -> None:
         """Join the factors of each module to its weight.

@@ -319,7 +319,7 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}.") from None
     files = dict(plan.vocabulary.files) if plan.vocabulary else donated
     if plan.recipe.chat_template:
-        models = [plan.checkpoints[name] for name in plan.recipe.models]
+        models = [plan.checkpoints[name] for name in plan.recipe.merged]
         template = chosen_template(plan.recipe.chat_template, models)
         files = with_template(files, template) if template else files
     values = {"config.json": plan.config} if plan.config else {}

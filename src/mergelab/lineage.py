@@ -161,7 +161,7 @@ def _named_edges(child: str, recipe: Mapping[str, Any]) -> list[Edge]:
     parts = [
         {
             **part,
-            "parameters": {**(module.get("parameters") or {}), **(part.get("parameters") or {})},
+            "parameters": {**_given(module), **_given(part)},
         }
         for module in modules
         for part in module.get("slices") or [{"sources": module.get("models") or []}]
@@ -170,7 +170,7 @@ def _named_edges(child: str, recipe: Mapping[str, Any]) -> list[Edge]:
     edges: dict[str, Edge] = {}
     starts = [base]
     for part, count in zip(parts, layers, strict=True):
-        common = {**(recipe.get("parameters") or {}), **(part.get("parameters") or {})}
+        common = {**_given(recipe), **_given(part)}
         sources = [(spelled(s.get("model")), s) for s in part["sources"]]
         own = spelled(part["base_model"]) if part.get("base_model") else base
         if from_base:
@@ -184,6 +184,12 @@ def _named_edges(child: str, recipe: Mapping[str, Any]) -> list[Edge]:
         if start is not None and start not in edges:
             edges[start] = Edge(start, child, "base", 1.0, method is not None)
     return [edge for edge in edges.values() if edge.weight > 0]
+
+
+def _given(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a part of a recipe; null is as good as none."""
+    values = part.get("parameters") or {}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _shares(
@@ -207,14 +213,14 @@ def _shares(
     if method.name == "slerp":
         t, exact = mean(common, "t")
         return [(str(base), abs(1 - t), exact), *((name, abs(t), exact) for name, _ in sources)]
-    own = [{**common, **(source.get("parameters") or {})} for _, source in sources]
+    own = [{**common, **_given(source)} for _, source in sources]
     weights = [mean(values, "weight") for values in own]
     scale = mean(common, "lambda")[0]
     total = sum(abs(weight) for weight, _ in weights)
     normalized = common.get("normalize", default("normalize"))
     if method.name in AVERAGES:
         normalized = common.get("normalize_weights", True)
-    if normalized and total > 0:
+    if normalized and str(normalized).lower() != "false" and total > 0:
         scale /= total
     shares = []
     for (name, _), values, (weight, exact) in zip(sources, own, weights, strict=True):

@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe, folders: Mapping[str, Path], *, shard_size: int) -
 def _twins(folders: Mapping[str, Path], recipe: Recipe) -> Iterator[str]:
     """Names of the recipe that stand for one folder."""
     seen: dict[Path, str] = {}
-    for name in (name for name in recipe.models if name in folders):
+    for name in (name for name in recipe.merged if name in folders):
         other = seen.setdefault(folders[name].resolve(), name)
         if other != name:
             yield f"{other} and {name} are the same model, which takes part twice"

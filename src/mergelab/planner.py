@@ -10,13 +10,12 @@ from mergelab.errors import Problems
 from mergelab.methods.base import Parameter, Settings
 from mergelab.modules import Part
 from mergelab.parameters import first_match, resolve
-from mergelab.stacking import EMBEDDINGS, HEAD, Wanted, find, wanted
+from mergelab.stacking import EMBEDDINGS, HEAD, Wanted, find, is_buffer, tied_for_good, wanted
 from mergelab.structure import Recipe, Source
 from mergelab.vocabulary import Vocabulary
 from mergelab.writer import Planned
 
 PER_TENSOR = ("weight", "lambda", "t", "normalize", "int8_mask")  # no survey looks at these
-BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
 FEW = 3  # misfits of one kind that are told in full
 
 Found = list[tuple[Source, str, Tensor]]
@@ -89,12 +88,21 @@ class Planner:
         ] + self.zeros
 
     def tensor(self, part: Part, want: Wanted) -> Planned | None:
+        if tied_for_good(part.donor, want.name):
+            told = f"left out, as {part.donor.label} ties it to its embedding"
+            self.note(told, want.name)
+            return None
         found: Found = []
         for source, name in want.sources:
             tensor = find(part.models[source.model], name)
             if tensor is not None:
                 found.append((source, name, tensor))
         if len(found) != len(want.sources) and not self.is_alone(part, want, found):
+            return None
+        if len({(t.dtype, t.shape) for _, _, t in found}) > 1 and is_buffer(
+            want.name, found[0][2].shape
+        ):
+            self.note("left out, as loaders compute it and the models' differ in kind", want.name)
             return None
         found = self.rerowed(want, found)
         if not self.same_shape(want.name, found):
@@ -127,7 +135,7 @@ class Planner:
         if optional and rule == "base_or_drop" and len(found) <= self.method.experts[0]:
             self.note(f"left out, for too few models have it for {self.method.name}", want.name)
             return False
-        if optional and any(_is_buffer(name, tensor) for _, name, tensor in found):
+        if optional and any(is_buffer(name, tensor.shape) for _, name, tensor in found):
             self.note("left out, as loaders compute it and not every model stores it", want.name)
             return False
         for model, name in lacking:
@@ -237,12 +245,6 @@ class Planner:
         if stored == {"F16", "BF16"}:
             return "F32"
         return next(dtype for dtype in FLOATS if dtype in stored)
-
-
-def _is_buffer(name: str, tensor: Tensor) -> bool:
-    """Is this no weight, but a table that older loaders stored: positions, a causal mask?"""
-    mask = name.endswith((".attn.bias", ".attention.bias")) and len(tensor.shape) == 4
-    return mask or name.endswith(BUFFERS)
 
 
 def _layer_is_missing(model: Checkpoint, name: str) -> bool:

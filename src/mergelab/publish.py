@@ -20,12 +20,14 @@ from mergelab.errors import UserError, nearest
 from mergelab.folders import alone, building
 from mergelab.hub_errors import explained
 from mergelab.parents import README, Parent, decide_licence, named_parents, paths_of_this_machine
+from mergelab.recipe import load_recipe
 from mergelab.record import file_sha256, read_json, write_bytes
 from mergelab.study import Study
 from mergelab.writer import RECORD
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z", re.A)
-LONG = {"path", "revision", "model", "lora"}  # keys of mergekit's long form of a model's name
+# keys of mergekit's long form of a model's name
+LONG = {"path", "revision", "model", "lora", "override_architecture"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def prepare(study: Study, merge: str, repo: str, results: Path, licence: str | N
         raise UserError(f"--to {repo}: write org/name.")
     merged, record = _merged(study, merge, results)
     named = named_parents(study, merge, record)
-    parents = list(dict.fromkeys(parent for several in named.values() for parent in several))
+    names = load_recipe(study.folder / f"{merge}.yaml").merged  # not who gives the tokenizer only
+    parents = list(dict.fromkeys(parent for name in names for parent in named[name]))
     chosen, notes = decide_licence(parents, licence)
     notes += paths_of_this_machine(parents)
     out = results / "published" / merge

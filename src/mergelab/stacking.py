@@ -28,6 +28,7 @@ HEAD = (  # output heads that may be tied to an embedding
 PREFIXES = ("transformer.", "bert.")  # parts in front that a model saved without its head lacks
 NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 SHARING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,20 @@ def find(model: Checkpoint, name: str) -> Tensor | None:
     return next(found, None)
 
 
+def tied_for_good(donor: Checkpoint, name: str) -> bool:
+    """Is this a tensor that the donor does not store because it is tied to another, and that would
+    untie more than itself: biases of BERT's heads, the scale of T5's?"""
+    shared = any(other.endswith("shared.weight") for other in donor.tensors)
+    ends = (*(HEAD if shared else HEAD[1:]), *SHARING)
+    return name.endswith(ends) and name not in donor.tensors and find(donor, name) is not None
+
+
 def spelled_alike(models: Mapping[str, Checkpoint], donor: Checkpoint) -> dict[str, Checkpoint]:
     """The models, their tensors named as the donor's where GPT-2 and BERT have two spellings."""
-    return {name: _spelled_as(model, donor.tensors) for name, model in models.items()}
+    return {name: spelled_as(model, donor.tensors) for name, model in models.items()}
 
 
-def _spelled_as(model: Checkpoint, names: Iterable[str]) -> Checkpoint:
+def spelled_as(model: Checkpoint, names: Iterable[str]) -> Checkpoint:
     """The model in the spelling that fits most of the names; its own one if none fits better."""
     wanted, best = frozenset(names), model
     if model.tensors.keys() <= wanted:
@@ -77,11 +86,19 @@ def _spelled_as(model: Checkpoint, names: Iterable[str]) -> Checkpoint:
             for name, tensor in model.tensors.items():
                 end = next((e for e in norms if name.endswith(e)), "")
                 new = name.removesuffix(end) + norms.get(end, "")
-                found[name if name in wanted else add + new.removeprefix(drop)] = tensor
-            fits = len(wanted & found.keys()) > len(wanted & best.tensors.keys())
-            if fits and len(found) == len(model.tensors):
+                new = add + new.removeprefix(drop)
+                fits = new in wanted or split_layer(new)[1] is not None  # a head keeps its name
+                found[new if fits and name not in wanted else name] = tensor
+            better = len(wanted & found.keys()) > len(wanted & best.tensors.keys())
+            if better and len(found) == len(model.tensors):
                 best = replace(model, tensors=found)
     return best
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Is this no weight, but a table that older loaders stored: positions, a causal mask?"""
+    mask = name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4
+    return mask or name.endswith(BUFFERS)
 
 
 def position(index: int, count: int) -> float:

@@ -114,7 +114,8 @@ def _weigh(
         if verdict != "different" and not (verdict == "unverifiable" and subject.candidates):
             return entry
         if verdict == "different":
-            places = {**named, **places}
+            merged = [locate.parts(name, recipe, None)[0] for name in recipe.merged]
+            places = {**{name: named[name] for name in merged}, **places}
     return entry | _inferred(model, places, base, workers)
 
 

@@ -1,17 +1,17 @@
-"""Published tensors beside the planned ones, by name and shape; tied heads are understood."""
+"""Published tensors beside the planned ones, by name and shape; other spellings and tied heads are
+understood."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mergelab.checkpoint import FLOATS, Checkpoint, Tensor
 from mergelab.plan import Plan
-from mergelab.stacking import EMBEDDINGS, HEAD
+from mergelab.stacking import HEAD, find, is_buffer, spelled_as
 from mergelab.writer import Planned
 
-BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # no weights: may be left out
 STEP = 1 << 20  # entries compared at a time
 
 Pairs = list[tuple[Planned, Tensor]]
@@ -21,8 +21,8 @@ Pairs = list[tuple[Planned, Tensor]]
 class Match:
     """Tensors side by side, and names that only the plan (missing) or the file (extra) has.
 
-    A name that both have with other shapes is missing. packed: names of numbers that the file holds
-    as integers; notes: what was passed over."""
+    A name that both have with other shapes is missing, a buffer that the file leaves out is not.
+    packed: names of numbers that the file holds as integers; notes: what was passed over."""
 
     pairs: Pairs
     missing: list[str]
@@ -32,7 +32,8 @@ class Match:
 
 
 def match(plan: Plan, published: Checkpoint) -> Match:
-    """Put planned and published tensors side by side."""
+    """Put planned and published tensors side by side, in the plan's spelling."""
+    published = spelled_as(published, (planned.name for planned in plan.tensors))
     left = dict(published.tensors)
     found = Match([], [], [], [], [])
     for planned in plan.tensors:
@@ -45,31 +46,31 @@ def match(plan: Plan, published: Checkpoint) -> Match:
             shapes = f"{list(tensor.shape)}, not {list(planned.shape)}"
             found.missing.append(planned.name)
             found.notes.append(f"{planned.name} has the shape {shapes}")
-        elif not planned.name.endswith(BUFFERS):
+        elif not is_buffer(planned.name, planned.shape):
             found.missing.append(planned.name)
-    embedding = _embedding(published)
+    paired = {name: tensor for name, tensor in published.tensors.items() if name not in left}
+    compared = replace(published, tensors=paired)
     for name, tensor in sorted(left.items()):
-        if name.endswith(BUFFERS):
-            found.notes.append(f"{name} is no weight: not compared")
-        elif name.endswith(HEAD) and embedding and _same(tensor, embedding):
-            found.notes.append(f"{name} is stored beside the embedding that it equals")
+        embedding = find(compared, name)
+        if is_buffer(name, tensor.shape):
+            found.notes.append(f"{tensor.name} is no weight: not compared")
+        elif embedding and _same(tensor, embedding):
+            found.notes.append(f"{tensor.name} is stored beside the embedding that it equals")
         else:
-            found.extra.append(name)
+            found.extra.append(tensor.name)
     return found
 
 
 def _tied(published: Checkpoint, name: str, notes: list[str]) -> Tensor | None:
-    """The embedding, if it stands for a head that the file leaves out."""
-    if not name.endswith(HEAD) or not published.config.get("tie_word_embeddings"):
+    """The embedding that stands for a head, or for another embedding, which the file leaves out.
+
+    A config that says nothing counts as tied, as loaders take that of GPT-2, BERT and T5."""
+    if name.endswith(HEAD) and not published.config.get("tie_word_embeddings", True):
         return None
-    notes.append(f"{name} is tied to the embedding, which is compared in its stead")
-    return _embedding(published)
-
-
-def _embedding(published: Checkpoint) -> Tensor | None:
-    """The published token embedding."""
-    named = (t for n, t in published.tensors.items() if any(word in n for word in EMBEDDINGS))
-    return next((t for t in named if len(t.shape) == 2), None)
+    embedding = find(published, name)
+    if embedding is not None:
+        notes.append(f"{name} is tied to {embedding.name}, which is compared in its stead")
+    return embedding
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
