@@ -13,8 +13,7 @@ import yaml
 from loopback_hub import LoopbackHub
 from tiny import tiny_model, tiny_study
 
-from mergelab import hub as hub_client
-from mergelab import score_table, scores, suites, task_data, task_files
+from mergelab import lockfile, score_table, scores, suites, task_data, task_files
 from mergelab.errors import UserError
 from mergelab.steps import Steps
 from mergelab.study import Benchmark
@@ -212,7 +211,7 @@ def test_hub_data_is_locked_fetched_and_then_read_without_the_hub(mergelab, hub,
 def test_a_changed_byte_of_hub_data_is_noticed(hub, tmp_path):
     folder = study_of(tmp_path, [{"task": "lm_eval/arc_easy"}])
     study = load_study(folder)
-    hub_client.lock(study, (), task_data.repositories(study))
+    lockfile.lock(study, (), task_data.repositories(study))
     hub.flipped.add("easy/test-0.parquet")
     with pytest.raises(UserError, match=r"easy/test-0.parquet has another sha256 than was pinned"):
         task_data.prepare(study, tmp_path / "results")
