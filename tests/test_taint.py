@@ -208,3 +208,14 @@ def test_every_published_report_names_its_source_once():
         assert flag.source.startswith("https://")
         assert flag.name.count("/") == (2 if flag.name.startswith("datasets/") else 1)
         assert flag.evidence
+
+
+def test_null_and_flags_as_text_count_as_a_merge_counts_them() -> None:
+    def shares(parameters: dict[str, object], own: dict[str, object]) -> dict[str, float]:
+        models = [{"model": name, "parameters": own} for name in ("a", "b")]
+        recipe = {"merge_method": "linear", "models": models, "parameters": parameters}
+        return {edge.parent: edge.weight for edge in lineage.merge_edges("m", recipe)}
+
+    assert shares({"normalize": "false"}, {"weight": 0.8}) == {"a": 0.8, "b": 0.8}
+    assert shares({"normalize": None}, {"weight": 0.1}) == {"a": 0.5, "b": 0.5}
+    assert shares({"normalize": False, "weight": 0.2}, {"weight": None}) == {"a": 0.2, "b": 0.2}

@@ -24,8 +24,8 @@ from mergelab.checkpoint import (
     from_float,
     to_float,
 )
-from mergelab.progress import bar
-from mergelab.show import out, printable
+from mergelab.progress import bar, printable
+from mergelab.show import out
 
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 16  # elements; one block of each tensor and its float64 copies stay in cache

@@ -12,7 +12,6 @@ from rich.text import Text
 from mergelab.grouping import rows
 from mergelab.methods.base import Method, Parameter
 from mergelab.parameters import bounds
-from mergelab.progress import printable as printable
 from mergelab.progress import size
 
 out = Console(highlight=False, emoji=False)

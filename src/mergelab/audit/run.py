@@ -20,8 +20,8 @@ from mergelab.audit.of_models import Options, of_models
 from mergelab.audit.of_study import FOLDER, of_study
 from mergelab.audit.target import Target, read_target
 from mergelab.errors import UserError
+from mergelab.progress import printable
 from mergelab.record import file_entries, write_bytes, write_json
-from mergelab.show import printable
 from mergelab.study import Study
 
 MOST_ROWS = 30  # printed

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mergelab.show import out, printable
+from mergelab.progress import printable
+from mergelab.show import out
 
 ROWS = 24  # tensors or layers told to people
 SHOWN = 4  # hypotheses
