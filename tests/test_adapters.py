@@ -282,7 +282,7 @@ def test_the_bits_do_not_depend_on_the_processor(tiny: Path, tmp_path: Path) -> 
     found = []
     for processor in ("", "generic"):
         command = [sys.executable, "-c", SUMS, str(tiny), str(tmp_path)]
-        names = {"NUMBA_CPU_NAME": processor, "NUMBA_CACHE_DIR": str(tmp_path / f"k{processor}")}
+        names = {"NUMBA_CPU_NAME": processor, "XDG_CACHE_HOME": str(tmp_path / "cache")}
         environment = {**os.environ, **{k: v for k, v in names.items() if v}}
         found.append(subprocess.run(command, env=environment, capture_output=True, check=True))
     assert found[0].stdout == found[1].stdout

@@ -12,7 +12,7 @@ import mergelab
 SOURCE = Path(mergelab.__file__).parent
 HEAVY = {
     *("torch", "transformers", "lm_eval", "datasets", "scipy", "matplotlib", "huggingface_hub"),
-    "numba",
+    *("numba", "llvmlite"),
 }
 
 

@@ -70,7 +70,7 @@ def test_the_same_bits_without_this_processors_vectors(tmp_path: Path) -> None:
     plain = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
-        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"},
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "NUMBA_CPU_NAME": "generic"},
         stdout=subprocess.PIPE,
         check=True,
     ).stdout

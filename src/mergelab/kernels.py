@@ -1,26 +1,16 @@
-"""Kernels: loops over blocks, compiled once for this processor and kept on disk.
+"""Kernels: loops over blocks, compiled once for this processor, and those that methods share.
 
-numba is imported when the first kernel runs. No fast math and no contraction: the same bits on
-every processor. Compiled code lies under $XDG_CACHE_HOME/mergelab, keyed by the sources."""
+No fast math and no contraction: the same bits on every processor."""
 
 from __future__ import annotations
 
-import atexit
-import functools
-import hashlib
-import os
-import shutil
-import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import numpy as np
 
-from mergelab.folders import cache_folder
+from mergelab.compiled import kind, load
 
 Array = np.ndarray[Any, Any]
 CHUNK = 4096  # elements that a kernel works on at a time: a few arrays of it fit in the L1 cache
@@ -31,31 +21,36 @@ _lock = threading.Lock()
 
 
 class Kernel(Generic[P, R]):
-    """A function that numba compiles at its first call, and with it the kernels it calls."""
+    """A compiled function of arrays, numbers and numpy types (np.float32 itself).
+
+    It returns one number or nothing."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.function = function
-        self.compiled: Callable[P, R] | None = None
+        self.name = f"{function.__module__}.{function.__qualname__}"
         self.__doc__ = function.__doc__
+        self._loaded: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.compiled is None:
+        """Run it without the interpreter's lock. Raises TypeError for other arguments."""
+        key: list[Any] = []
+        values: list[Any] = []
+        for arg in args:
+            if isinstance(arg, np.ndarray):
+                key += arg.dtype, arg.ndim, arg.flags.num
+                place = arg.__array_interface__["data"][0]
+                values += 0, 0, arg.size, arg.itemsize, place, *arg.shape, *arg.strides
+            elif isinstance(arg, type):
+                key.append(arg)
+                values.append(0)
+            else:
+                key.append(type(arg))
+                values.append(arg)
+        found = self._loaded.get(tuple(key))
+        if found is None:
             with _lock:
-                self.compile()
-        return cast("Callable[P, R]", self.compiled)(*args, **kwargs)
-
-    def compile(self) -> Any:
-        """The numba function; kernels among the function's globals are compiled first."""
-        if self.compiled is None:
-            numba = _numba()
-            names = self.function.__globals__
-            for name in self.function.__code__.co_names:
-                if isinstance(names.get(name), Kernel):
-                    names[name] = names[name].compile()
-            done = numba.njit(nogil=True, cache=True, error_model="numpy")(self.function)
-            done._cache = _Cache(done._cache)
-            self.compiled = done
-        return self.compiled
+                found = self._loaded[tuple(key)] = load(self, tuple(map(kind, args)))
+        return cast("R", found(*values))
 
 
 def kernel(function: Callable[P, R]) -> Kernel[P, R]:
@@ -63,79 +58,11 @@ def kernel(function: Callable[P, R]) -> Kernel[P, R]:
     return Kernel(function)
 
 
-class _Cache:
-    """numba's cache of one kernel: what cannot be read or written is compiled, and no error."""
-
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-    def load_overload(self, signature: Any, target: Any) -> Any:
-        try:
-            return self._cache.load_overload(signature, target)
-        except Exception:  # a power cut, a full disk or another program damaged it
-            with suppress(Exception):
-                self._cache.flush()
-            return None
-
-    def save_overload(self, signature: Any, data: Any) -> None:
-        with suppress(Exception):
-            self._cache.save_overload(signature, data)
-
-
-@functools.cache
-def _numba() -> Any:
-    """numba, with its cache in a folder that changes with the source of any kernel."""
-    with _without("scipy.linalg.cython_blas"):
-        import numba
-        import numba.np.arraymath
-
-    numba.config.CACHE_DIR = str(_place())
-    numba.config.DISABLE_JIT = 0
-    _teach(numba)
-    return numba
-
-
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Imports inside do not find the module: numba needs scipy's BLAS for `np.dot` in kernels,
-    which may not use it (its sums depend on the processor), and it takes long to load."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = cast("Any", None)
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-def _place() -> Path:
-    """Where compiled code is kept; a folder that goes with this process if that is not writable."""
-    digest = hashlib.sha256()
-    here = Path(__file__)
-    folders = here.parent / "methods", here.parent / "forensics"
-    others = (file for folder in folders for file in sorted(folder.glob("*.py")))
-    for source in (here, here.with_name("adapted.py"), *others):
-        digest.update(source.read_bytes())
-    name = f"kernels-{digest.hexdigest()[:12]}"
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    place = Path(chosen) / name if chosen else cache_folder(name)
-    with suppress(OSError):
-        place.mkdir(parents=True, exist_ok=True)
-    if not os.access(place, os.W_OK):
-        place = Path(tempfile.mkdtemp(prefix="mergelab-kernels-"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-    return place
-
-
 def decode(values: Array, model: int, start: int, count: int, out: Array) -> None:
     """Write entries [start, start + count) of one model as numbers to out[:count].
 
     A bfloat16 is the upper half of a float32. In kernels numba chooses by the array's type."""
-    (_widen if values.dtype == np.uint16 else _copy_in)(values, model, start, count, out)
+    (widen if values.dtype == np.uint16 else copy_in)(values, model, start, count, out)
 
 
 def encode(values: Array, count: int, out: Array, start: int) -> None:
@@ -143,7 +70,7 @@ def encode(values: Array, count: int, out: Array, start: int) -> None:
 
     To nearest, ties to even; overflow gives infinity, a NaN stays one. In kernels numba chooses by
     the array's type."""
-    (_narrow if out.dtype == np.uint16 else _copy_out)(values, count, out, start)
+    (narrow if out.dtype == np.uint16 else copy_out)(values, count, out, start)
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
@@ -153,46 +80,20 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     raise TypeError("fma is for kernels: Python rounds twice")
 
 
-def _teach(numba: Any) -> None:
-    """Give numba what Python cannot say: code by an array's type, and the fused multiply-add."""
-    bfloat16 = numba.types.uint16
-
-    def choose_in(values: Any, model: Any, start: Any, count: Any, out: Any) -> Any:
-        return _widen if values.dtype == bfloat16 else _copy_in
-
-    def choose_out(values: Any, count: Any, out: Any, start: Any) -> Any:
-        return _narrow if out.dtype == bfloat16 else _copy_out
-
-    def rounded_once(typing: Any, a: Any, b: Any, c: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.fma(*args)
-
-        return c(c, c, c), build
-
-    once = numba.extending.intrinsic(rounded_once)
-
-    def choose_fma(a: Any, b: Any, c: Any) -> Any:
-        return lambda a, b, c: once(a, b, c)
-
-    numba.extending.overload(decode, strict=False)(choose_in)
-    numba.extending.overload(encode, strict=False)(choose_out)
-    numba.extending.overload(fma, strict=False)(choose_fma)
-
-
-def _widen(values: Array, model: int, start: int, count: int, out: Array) -> None:
+def widen(values: Array, model: int, start: int, count: int, out: Array) -> None:
     row = values[model, start : start + count]  # a slice: no index can be negative, so it is fast
     bits = out[:count].view(np.uint32)
     for i in range(row.size):
         bits[i] = np.uint32(row[i]) << np.uint32(16)
 
 
-def _copy_in(values: Array, model: int, start: int, count: int, out: Array) -> None:
+def copy_in(values: Array, model: int, start: int, count: int, out: Array) -> None:
     row = values[model, start : start + count]
     for i in range(row.size):
         out[i] = row[i]
 
 
-def _narrow(values: Array, count: int, out: Array, start: int) -> None:
+def narrow(values: Array, count: int, out: Array, start: int) -> None:
     bits, rounded = values[:count].view(np.uint32), out[start : start + count]
     for i in range(bits.size):
         b = bits[i]
@@ -202,7 +103,7 @@ def _narrow(values: Array, count: int, out: Array, start: int) -> None:
         rounded[i] = np.uint16((kept if nan else even) >> np.uint32(16))
 
 
-def _copy_out(values: Array, count: int, out: Array, start: int) -> None:
+def copy_out(values: Array, count: int, out: Array, start: int) -> None:
     row = out[start : start + count]
     for i in range(row.size):
         row[i] = values[i]

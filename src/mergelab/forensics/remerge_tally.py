@@ -138,7 +138,8 @@ class Tally:
         sums, dtype = np.zeros(2), self.published.dtype
         published, expected = numbers(given, dtype), numbers(bits, dtype)
         wide = np.empty(0, "<f8" if dtype == "F64" else "<f4")
-        found = add_differences(unsigned(given), unsigned(bits), published, expected, sums, wide)
+        found = np.zeros(2, np.int64)
+        add_differences(unsigned(given), unsigned(bits), published, expected, sums, found, wide)
         self.differing += int(found[0])
         self.max_ulp = max(self.max_ulp, int(found[1]))
         self.ee, self.pe, self.dd = (
@@ -193,11 +194,17 @@ def widen(bits: Array, out: Array) -> None:
 
 @kernel
 def add_differences(
-    given: Array, bits: Array, published: Array, expected: Array, sums: Array, stored: Any
-) -> tuple[int, int]:
-    """How many floats differ, and by how many steps at most; adds to pe, dd (see Tally).
+    given: Array,
+    bits: Array,
+    published: Array,
+    expected: Array,
+    sums: Array,
+    found: Array,
+    stored: Any,
+) -> None:
+    """Write to found (2) how many floats differ and by how many steps at most; add to pe, dd.
 
-    given, bits (S): published and expected ones as unsigned bits."""
+    given, bits (S): published and expected ones as unsigned bits; sums (2): see Tally."""
     p, e = np.empty(CHUNK, stored.dtype), np.empty(CHUNK, stored.dtype)
     gap = np.empty(CHUNK)
     lanes, differing, farthest = np.zeros((2, LANES)), 0, np.int64(0)
@@ -218,7 +225,7 @@ def add_differences(
         farthest = max(farthest, abs(a - b))
     for k in range(2):
         sums[k] += lanes_total(lanes[k])
-    return differing, int(farthest)
+    found[0], found[1] = differing, farthest
 
 
 def numbers(bits: Array, dtype: str) -> Array:
