@@ -19,6 +19,7 @@ WORKERS = 2
 LIMIT = 900.0  # seconds for one run
 PLAIN = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 ASYNC = ("--async-write", "--write-threads", "2", "--out-shard-size", "250M")
+SHARDS = ("--shard-size", "250MB")  # what is hashed is not what is written to at the same time
 PEER_WAYS = (((), "2"), (ASYNC, "2"), ((), "1"))  # more options, OMP_NUM_THREADS: best is taken
 
 
@@ -54,7 +55,7 @@ class Bench:
             for folder in (cache / "mergelab").glob("hashes*"):
                 shutil.rmtree(folder)
         program = Path(sys.executable).with_name("mergelab")
-        command = [program, "merge", recipe, "-o", self.out(), "--workers", WORKERS]
+        command = [program, "merge", recipe, "-o", self.out(), "--workers", WORKERS, *SHARDS]
         return self.run(command, size, XDG_CACHE_HOME=str(cache))
 
     def peers(self, recipe: Path, size: int, way: tuple[tuple[str, ...], str]) -> Run:

@@ -296,8 +296,9 @@ LEGEND = """
   of mergekit's memory.
 - mergekit ran as
   {way},
-  the fastest of three ways for linear. Both tools are given the same recipe with
-  `dtype: bfloat16`; slerp merges two of the models, passthrough stacks parts of all four.
+  the fastest of three ways for linear; mergelab writes shards of 250 MB, too. Both tools are given
+  the same recipe with `dtype: bfloat16`; slerp merges two of the models, passthrough stacks parts
+  of all four.
 - **Start-up**: the same command on models of two tensors; *first use*: on a new machine, with the
   kernels to be compiled.
 - **Cold**: every input was dropped from the page cache before the run (the programs were not);

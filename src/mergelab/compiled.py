@@ -1,8 +1,8 @@
 """Compiled kernels as object files: compiled once for this processor, then loaded without numba.
 
 numba compiles a kernel when it first meets arguments of these types (compiler.py). From then on
-llvmlite loads the object file; importing numba would take longer, and 20 MB. Object files lie
-under $XDG_CACHE_HOME/mergelab, in a folder named by sources, versions and processor."""
+llvmlite loads the object file, without numba, which would take .2 s and 30 MB. Object files lie
+under $XDG_CACHE_HOME/mergelab/kernels, by versions, processor, and the code that is compiled."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,8 @@ HELPERS = {  # by prefix of their functions: extensions that need nothing else o
 }
 TYPES: dict[str, Any] = {
     "bool": ctypes.c_bool,
-    "int64": ctypes.c_int64,
-    "uint8": ctypes.c_uint8,
-    "uint16": ctypes.c_uint16,
-    "uint32": ctypes.c_uint32,
-    "uint64": ctypes.c_uint64,
+    **{f"int{bits}": getattr(ctypes, f"c_int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": getattr(ctypes, f"c_uint{bits}") for bits in (8, 16, 32, 64)},
     "float32": ctypes.c_float,
     "float64": ctypes.c_double,
 }
@@ -44,23 +42,28 @@ FINE = (0, -2)  # what a function that numba compiled returns: with a result, wi
 
 
 def kind(arg: Any) -> str:
-    """What code depends on: "float32_2d" is an array in C order, "float32_2s" one with any strides,
-    "float32" a number, "type_float32" np.float32 itself. Raises TypeError for other arguments."""
-    dtype = arg.dtype if isinstance(arg, np.ndarray) else None
-    if dtype is not None and dtype.isnative:
-        plain = arg.flags.c_contiguous and arg.flags.aligned
-        return f"{dtype.name}_{arg.ndim}{'d' if plain else 's'}"
-    if isinstance(arg, type) and issubclass(arg, np.generic):
-        return f"type_{np.dtype(arg).name}"
-    if isinstance(arg, bool | int | float | np.generic) and np.dtype(type(arg)).name in TYPES:
-        return np.dtype(type(arg)).name
+    """What code depends on: "float32_2_C" is an array in C order, "float32_2_A" one with any
+    strides, unaligned with a "u", read-only with an "r"; "float32" is a number, "type_float32"
+    np.float32 itself. Raises TypeError for other arguments."""
+    is_type = isinstance(arg, type) and issubclass(arg, np.generic)
+    is_array = isinstance(arg, np.ndarray) and arg.dtype.isnative
+    if is_array or is_type or isinstance(arg, bool | int | float | np.generic):
+        name = np.dtype(arg.dtype if is_array else arg if is_type else type(arg)).name
+        if name in TYPES and is_array:
+            flags = arg.flags
+            layout = "C" if flags.c_contiguous else "A"
+            rest = "u" * (not flags.aligned) + "r" * (not flags.writeable)
+            return f"{name}_{arg.ndim}_{layout}{rest}"
+        if name in TYPES:
+            return f"type_{name}" if is_type else name
     raise TypeError(f"a kernel takes arrays, numbers and numpy types, not {arg!r}")
 
 
 @functools.cache
 def load(kernel: Any, kinds: tuple[str, ...]) -> Callable[..., Any]:
     """A kernel (kernels.py) for arguments of such kinds, compiled if it never was."""
-    file = folder() / f"{kernel.name}-{'-'.join(kinds)}"
+    key = digest(kernel.function, *kinds)
+    file = folder() / f"{kernel.name.removeprefix('mergelab.')}-{key}"
     kept = read(file)
     if kept is None:
         from mergelab.compiler import compiled
@@ -71,25 +74,51 @@ def load(kernel: Any, kinds: tuple[str, ...]) -> Callable[..., Any]:
     return linked(kernel.name, kinds, result.decode(), code)
 
 
+def digest(*parts: object) -> str:
+    """16 hexadecimal digits of texts and of functions: their code and all that it names."""
+    found = hashlib.sha256()
+    seen: dict[int, int] = {}
+
+    def add(part: Any) -> None:
+        if hasattr(part, "function"):  # a kernel
+            part = part.function
+        if isinstance(part, FunctionType | CodeType) and id(part) in seen:
+            part = seen[id(part)]
+        if isinstance(part, FunctionType):
+            seen[id(part)] = len(seen)
+            add(part.__code__)
+            for name in part.__code__.co_names:
+                add((name, part.__globals__.get(name)))
+        elif isinstance(part, CodeType):
+            seen[id(part)] = len(seen)
+            found.update(part.co_code)
+            add((*part.co_consts, *part.co_names, *part.co_varnames))
+        elif isinstance(part, tuple):
+            found.update(b"(%d" % len(part))
+            for one in part:
+                add(one)
+        elif isinstance(part, np.ndarray):
+            add((str(part.dtype), part.shape, part.tobytes()))
+        else:
+            told = getattr(part, "__name__", None) or repr(part)  # of a module or type: its name
+            found.update(f"{type(part).__name__} {told}\0".encode())
+
+    add(parts)
+    return found.hexdigest()[:16]
+
+
 @functools.cache
 def folder() -> Path:
-    """Where object files are kept: of these sources, versions and this processor."""
+    """Where object files are kept: of these versions, this processor and these settings."""
     from importlib.metadata import version
 
     import llvmlite.binding as llvm
 
-    here = Path(__file__).parent
-    sources = [here / f"{name}.py" for name in ("adapted", "compiled", "compiler", "kernels")]
-    for package in ("methods", "forensics"):
-        sources += sorted((here / package).glob("*.py"))
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(source.read_bytes())
-    wanted = [os.environ.get(f"NUMBA_CPU_{name}") for name in ("NAME", "FEATURES")]
     processor = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     versions = version("numba"), version("llvmlite"), sys.version
-    digest.update(repr((processor, versions, wanted)).encode())
-    return cache_folder(f"kernels-{digest.hexdigest()[:12]}")
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_")))
+    own = Path(__file__).with_name("compiler.py").read_text()
+    return cache_folder("kernels") / digest(processor, versions, settings, own)
 
 
 def read(file: Path) -> bytes | None:
@@ -121,13 +150,13 @@ def signature(kinds: tuple[str, ...]) -> list[Any]:
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     types: list[Any] = [pointer, pointer]
     for one in kinds:
-        first, _, rest = one.partition("_")
-        if first == "type":
+        dtype, *rest = one.split("_")
+        if dtype == "type":
             types.append(pointer)
         elif rest:
             types += [pointer, pointer, long, long, pointer, *[long, long] * int(rest[0])]
         else:
-            types.append(TYPES[first])
+            types.append(TYPES[dtype])
     return types
 
 
@@ -149,7 +178,7 @@ def linked(name: str, kinds: tuple[str, ...], result: str, code: bytes) -> Calla
         found = returned()
         status = function(ctypes.byref(found), ctypes.byref(error), *values)
         if status not in FINE:
-            raise RuntimeError(f"{name}: failed ({status}). Is there memory left?")
+            raise RuntimeError(f"{name}: failed inside ({status}). Is there memory left?")
         return found.value
 
     return run

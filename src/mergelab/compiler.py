@@ -53,14 +53,14 @@ def check(name: str, taken: list[str], kinds: tuple[str, ...]) -> None:
 
 def type_of(types: Any, kind: str) -> Any:
     """numba's name for a kind of argument (compiled.kind)."""
-    first, _, rest = kind.partition("_")
-    if first == "type":
-        return types.NumberClass(getattr(types, rest))
+    dtype, *rest = kind.split("_")
+    if dtype == "type":
+        return types.NumberClass(getattr(types, rest[0]))
     if not rest:
-        return getattr(types, first)
-    plain = rest[1] == "d"
-    layout = "C" if plain else "A"
-    return types.Array(getattr(types, first), int(rest[0]), layout, aligned=plain)
+        return getattr(types, dtype)
+    dimensions, how = rest
+    flags = {"readonly": "r" in how, "aligned": "u" not in how}
+    return types.Array(getattr(types, dtype), int(dimensions), how[0], **flags)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from mergelab.compiled import kind, load
 Array = np.ndarray[Any, Any]
 CHUNK = 4096  # elements that a kernel works on at a time: a few arrays of it fit in the L1 cache
 LANES = 64  # running sums of `dot`, so that the order of additions is fixed and vectors are used
+LEAST = -(2**63)  # int64
 P = ParamSpec("P")
 R = TypeVar("R")
 _lock = threading.Lock()
@@ -32,7 +33,10 @@ class Kernel(Generic[P, R]):
         self._loaded: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run it without the interpreter's lock. Raises TypeError for other arguments."""
+        """Run it without the interpreter's lock. Raises TypeError for other arguments, and
+        OverflowError for an int that is none of 64 bits."""
+        if kwargs:
+            raise TypeError(f"{self.name} takes its arguments by place")
         key: list[Any] = []
         values: list[Any] = []
         for arg in args:
@@ -41,9 +45,11 @@ class Kernel(Generic[P, R]):
                 place = arg.__array_interface__["data"][0]
                 values += 0, 0, arg.size, arg.itemsize, place, *arg.shape, *arg.strides
             elif isinstance(arg, type):
-                key.append(arg)
+                key += type, arg
                 values.append(0)
             else:
+                if type(arg) is int and not LEAST <= arg < -LEAST:
+                    raise OverflowError(f"{self.name}: {arg} is no int64")
                 key.append(type(arg))
                 values.append(arg)
         found = self._loaded.get(tuple(key))
