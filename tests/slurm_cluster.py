@@ -155,6 +155,13 @@ class Slurm:
         lines = self.call("scontrol", "show", "jobs", "-o").splitlines()
         return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines if "JobId=" in line]
 
+    def save_state(self, job: str) -> None:
+        """Wait until the controller has written what it knows of a job, as it does now and then."""
+        before = time.time_ns()
+        self.call("scontrol", "update", f"jobid={job}", "admincomment=known")
+        file = self.place / "state/job_state"
+        wait(lambda: file.exists() and file.stat().st_mtime_ns > before, "the controller to save")
+
     def call(self, *command: str) -> str:
         """Run a command; its output."""
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)

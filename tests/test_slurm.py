@@ -334,6 +334,7 @@ def test_a_restart_of_the_controller_is_not_noticed(
 ) -> None:
     project = merging(tmp_path / "project", weights)
     process, pid = halted(project)
+    slurm.save_state(project.jobs(slurm)[0]["JobId"])
     slurm.kill("slurmctld")
     time.sleep(5)  # long enough for Snakemake to ask in vain
     slurm.start_controller()
