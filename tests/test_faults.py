@@ -346,7 +346,7 @@ def test_ctrl_c_waits_for_a_block_and_not_for_a_file_or_tensor(
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 1000)
     monkeypatch.setattr(journal, "PIECE", 1000)
-    monkeypatch.setattr(record, "CHUNK", 1000)
+    monkeypatch.setattr(record, "PIECE", 1000)
     plan = planned("linear.yaml" if work == "merge" else "ties.yaml")
     want = merge(plan, "reference")
     if work == "check":
