@@ -300,7 +300,12 @@ class Interruption:
             while "result" not in functions(main):  # all threads have been started
                 time.sleep(0.001)
             signal.pthread_kill(main, signal.SIGINT)
+            again = time.monotonic() + 5
             while "shutdown" not in functions(main):  # of the pool
+                if time.monotonic() > again and "result" in functions(main):
+                    # It came just before the thread fell asleep, and Python looks when it wakes.
+                    signal.pthread_kill(main, signal.SIGINT)
+                    again = time.monotonic() + 5
                 time.sleep(0.001)
 
     def after(self, original: Callable[..., Any]) -> Callable[..., Any]:
